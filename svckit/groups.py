@@ -1,0 +1,167 @@
+"""Work in groups: concurrent calls share each step, so that a step's cost is paid once a group, not once a call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import structlog
+from prometheus_client import Histogram
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Hashable, Iterable
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+GROUP_SIZE = Histogram(
+    "orchestrator_group_size",
+    "Items per group, by queue.",
+    ["queue"],
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+)
+
+
+class Groups(Generic[T]):
+    """Runs what is waiting in groups, at most `lanes` at a time; while they are on their way the next group forms.
+
+    `work(group)` settles each item by itself. What it raises is handed to `failed(item, error)` for every item of the group, so
+    that no item can stop the queue. Nothing cancels a running group.
+
+    A lone item goes at once. When the last group had company, the next one waits up to `gather` seconds for as many again:
+    callers answered together come back together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[list[T]], Awaitable[None]],
+        failed: Callable[[T, Exception], None],
+        *,
+        max_size: int = 64,
+        lanes: int = 1,
+        gather: float = 0.002,
+    ) -> None:
+        self._work = work
+        self._failed = failed
+        self._max_size = max_size
+        self._lanes = lanes
+        self._gather = gather
+        self._waiting: dict[T, None] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self._last_size = 1
+        self._launching = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._sizes = GROUP_SIZE.labels(name)
+
+    def __len__(self) -> int:
+        """The items that wait for a group."""
+        return len(self._waiting)
+
+    def put(self, item: T) -> None:
+        """Adds an item; it starts with the next group that has room, in order of arrival."""
+        self._waiting[item] = None
+        if len(self._running) < self._lanes:
+            self._schedule()
+
+    def take_out(self, item: T) -> bool:
+        """Takes an item out before its start. False when it has started already, or never came."""
+        return self._waiting.pop(item, self) is None
+
+    async def drained(self) -> None:
+        """Returns when nothing waits and nothing runs."""
+        while self._waiting or self._running:
+            await asyncio.sleep(0.01)
+
+    def _schedule(self) -> None:
+        """Sees to it that a group starts: in the next turn of the loop (what arrives in this one joins), or after `gather`."""
+        loop = asyncio.get_running_loop()
+        enough = min(self._last_size, self._max_size)
+        if enough == 1 or len(self._waiting) >= enough:
+            if not self._launching:
+                self._launching = True
+                loop.call_soon(self._launch)
+        elif self._timer is None:
+            self._timer = loop.call_later(self._gather, self._launch)
+
+    def _launch(self) -> None:
+        self._launching = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiting and len(self._running) < self._lanes:
+            group = []
+            for item in self._waiting:
+                group.append(item)
+                if len(group) == self._max_size:
+                    break
+            for item in group:
+                del self._waiting[item]
+            self._last_size = len(group)
+            self._sizes.observe(len(group))
+            task = asyncio.get_running_loop().create_task(self._run(group))
+            self._running.add(task)  # the loop holds tasks weakly
+            task.add_done_callback(self._ended)
+
+    async def _run(self, group: list[T]) -> None:
+        try:
+            await self._work(group)
+        except Exception as error:
+            log.exception("group failed", size=len(group))
+            for item in group:
+                self._failed(item, error)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if self._waiting:
+            self._schedule()
+
+
+class Slots(Generic[T]):
+    """One item at a time per key. An item takes the slots of all its keys together, or waits for them in order of arrival."""
+
+    def __init__(self) -> None:
+        self._queues: dict[Hashable, deque[T]] = {}
+        self._held: dict[T, tuple[tuple[Hashable, ...], Callable[[T], None]]] = {}
+        self._missing: dict[T, int] = {}
+
+    def take(self, item: T, keys: Iterable[Hashable], ready: Callable[[T], None]) -> bool:
+        """Queues the item at all its keys; `ready(item)` is called once it is first at each of them. True if that was at once."""
+        distinct = tuple(dict.fromkeys(keys))
+        missing = 0
+        for key in distinct:
+            queue = self._queues.get(key)
+            if queue is None:
+                self._queues[key] = deque((item,))
+            else:
+                queue.append(item)
+                missing += 1
+        self._held[item] = (distinct, ready)
+        if missing:
+            self._missing[item] = missing
+            return False
+        ready(item)
+        return True
+
+    def give_back(self, item: T) -> None:
+        """Gives the item's slots, or its places in the queues, to the next ones. An unknown item is no fault."""
+        held = self._held.pop(item, None)
+        if held is None:
+            return
+        self._missing.pop(item, None)
+        for key in held[0]:
+            queue = self._queues[key]
+            was_first = queue[0] is item
+            queue.remove(item)
+            if not queue:
+                del self._queues[key]
+            elif was_first:
+                self._advance(queue[0])
+
+    def _advance(self, item: T) -> None:
+        self._missing[item] -= 1
+        if self._missing[item] == 0:
+            del self._missing[item]
+            self._held[item][1](item)

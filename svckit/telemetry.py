@@ -1,0 +1,164 @@
+"""What a process says about itself: JSON log lines on stderr, Prometheus metrics, W3C trace context."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from bisect import bisect_left
+from contextvars import ContextVar
+from dataclasses import dataclass
+from random import getrandbits
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from prometheus_client import REGISTRY, Gauge
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, MutableMapping
+
+# --- trace context ---------------------------------------------------------------------------------------------------
+
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
+_NO_TRACE = "0" * 32
+_NO_SPAN = "0" * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Where a piece of work stands in a W3C trace. `parent_id` is empty at the root; `flags` are two hex digits."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str
+    flags: str
+
+    def traceparent(self) -> str:
+        """The header for a call made as part of this span."""
+        return f"00-{self.trace_id}-{self.span_id}-{self.flags}"
+
+
+def new_trace(traceparent: str = "") -> Trace:
+    """A new span: inside the caller's trace if `traceparent` is a valid header, else at the root of a new trace."""
+    if traceparent:
+        match = _TRACEPARENT.fullmatch(traceparent)
+        if match:
+            version, trace_id, parent_id, flags, rest = match.groups()
+            # Version ff is forbidden, and only later versions may carry more than four fields.
+            known = version != "ff" and (version != "00" or rest is None)
+            if known and trace_id != _NO_TRACE and parent_id != _NO_SPAN:
+                return Trace(trace_id, f"{getrandbits(64) | 1:016x}", parent_id, "01" if int(flags, 16) & 1 else "00")
+    return Trace(f"{getrandbits(128) | 1:032x}", f"{getrandbits(64) | 1:016x}", "", "01")
+
+
+current_trace: ContextVar[Trace | None] = ContextVar("current_trace", default=None)
+"""The trace of the call that runs; clients pass it on, log lines carry it."""
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+_BOUNDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_LABELS = [str(bound) for bound in _BOUNDS] + ["+Inf"]
+
+
+class RpcSeconds(Collector):
+    """`orchestrator_rpc_seconds{method,code}`: one sample per RPC, with its final code.
+
+    Its own collector, since prometheus_client's histogram takes a lock per bucket and a look-up of labels per sample.
+    """
+
+    def __init__(self) -> None:
+        self._cells: dict[tuple[str, str], list[float]] = {}
+
+    def observe(self, method: str, code: str, seconds: float) -> None:
+        """Count one RPC. Called on the event loop's thread only; scrapes may read meanwhile."""
+        cell = self._cells.get((method, code))
+        if cell is None:
+            cell = self._cells[method, code] = [0.0] * (len(_LABELS) + 1)
+        cell[bisect_left(_BOUNDS, seconds)] += 1
+        cell[-1] += seconds
+
+    def count(self, method: str, code: str) -> int:
+        """How many RPCs of `method` ended with `code` (its name, as "OK")."""
+        return int(sum(self._cells.get((method, code), ())[:-1]))
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """The samples, for a scrape."""
+        family = HistogramMetricFamily(
+            "orchestrator_rpc_seconds", "Duration of RPCs by method and final code.", labels=["method", "code"]
+        )
+        for key, cell in list(self._cells.items()):
+            *counts, total = cell
+            buckets: list[tuple[str, float]] = []
+            reached = 0.0
+            for label, count in zip(_LABELS, counts, strict=True):
+                reached += count
+                buckets.append((label, reached))
+            family.add_metric(list(key), buckets, total)
+        yield family
+
+
+RPC_SECONDS = RpcSeconds()
+REGISTRY.register(RPC_SECONDS)
+IN_FLIGHT = Gauge("orchestrator_rpc_in_flight", "Calls worked on now.")
+WAITING = Gauge("orchestrator_rpc_waiting", "Long polls, waits for another's answer and streams open now.")
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+_VALUE_CHARS = 2000
+_TRACEBACK_CHARS = 20000
+
+
+def configure_logging(level: str, service: str) -> None:
+    """Send every log line of the process, also those of libraries, to stderr as one JSON object per line.
+
+    level: the lowest level that is written. service: put into each line, to tell the processes apart.
+    """
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _add_trace,
+    ]
+    last: list[Any] = [structlog.processors.format_exc_info, _bound, structlog.processors.JSONRenderer(sort_keys=False)]
+
+    def add_service(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        event["service"] = service
+        return event
+
+    structlog.configure(
+        processors=[*shared, add_service, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(level.lower()),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name, add_service],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    logging.captureWarnings(True)
+
+
+def _add_trace(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    trace = current_trace.get()
+    if trace is not None and "trace_id" not in event:
+        event["trace_id"] = trace.trace_id
+        event["request_id"] = trace.span_id
+    return event
+
+
+def _bound(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Cut long texts, so that nobody fills the disk through a log line."""
+    for key, value in event.items():
+        limit = _TRACEBACK_CHARS if key == "exception" else _VALUE_CHARS
+        if isinstance(value, str) and len(value) > limit:
+            event[key] = value[:limit] + "…"
+    return event
