@@ -1,0 +1,500 @@
+"""The records of keys: what a store of them must do, and that on Redis, one script call for each batch."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import struct
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha1
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.exceptions import AuthenticationError, BusyLoadingError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from svckit.errors import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+SCOPE_BYTES = 32
+NONCE_BYTES = 16
+DIGEST_BYTES = 32
+LARGEST_KIND = 255
+MOST_KINDS = 8
+LARGEST_ANSWER = 2 << 20
+LONGEST_LEASE_MILLIS = 3_600_000
+LONGEST_TTL_MILLIS = 30 * 86_400_000
+LARGEST_BATCH = 256
+
+Fingerprints = tuple[tuple[int, bytes], ...]
+"""(kind, digest) pairs of one request. Two requests are the same when any kind present on both sides has the same
+digest; with no kind in common they are different."""
+
+
+class ClaimItem(NamedTuple):
+    """Asks for a key. nonce names the asker: who knows it owns the key."""
+
+    scope: bytes
+    fingerprints: Fingerprints
+    nonce: bytes
+    lease_millis: int
+    ttl_millis: int
+
+
+class CompleteItem(NamedTuple):
+    """The answer of a key. durable: it is committed in the database, whatever this store believes."""
+
+    scope: bytes
+    fingerprints: Fingerprints
+    nonce: bytes
+    code: int
+    answer: bytes
+    ttl_millis: int
+    durable: bool
+
+
+class ReleaseItem(NamedTuple):
+    """Gives a key back without an answer."""
+
+    scope: bytes
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """The key is the asker's until its lease is over. epoch counts the owners of the record, from 1."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """As Acquired, but from an owner whose lease is over: that one may still be at work."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The key has its answer."""
+
+    code: int
+    answer: bytes
+    durable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Another owns the key, for at least one millisecond more."""
+
+    lease_left_millis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """The key belongs to another request. durable: to one with a durable answer."""
+
+    durable: bool
+
+
+ClaimOutcome = Acquired | Takeover | Replay | Busy | Mismatch
+
+
+class Completed(enum.Enum):
+    """What became of a CompleteItem."""
+
+    COMPLETED = 1
+    RESTORED = 2
+    ALREADY = 3
+    FENCED = 4
+    MISMATCH = 5
+
+
+class Released(enum.Enum):
+    """What became of a ReleaseItem."""
+
+    RELEASED = 1
+    ABSENT = 2
+    FENCED = 3
+    ALREADY = 4
+
+
+class Cache(Protocol):
+    """Remembers for each scope who works on it, or its answer. It may forget anything at any time: it is no guarantee.
+
+    Each method takes 1 to 256 items of valid sizes, treats them in order, one after another, each atomically, and
+    answers item by item. Every step may be repeated with the same items, as after an answer that was lost. Times are
+    this store's own. All raise Unavailable (REDIS_UNAVAILABLE) when the store cannot be reached or must not be
+    trusted; then any of the items may have been treated.
+
+    A record is absent, in progress (an owner, its lease, a time to live), released, or completed (an answer, durable
+    or not). What cannot be read as a record is absent.
+    """
+
+    async def claim(self, items: Sequence[ClaimItem]) -> list[ClaimOutcome]:
+        """Makes the caller the owner, or says why not.
+
+        Must, in this order: acquire what is absent (epoch 1). Answer Mismatch for a record with other fingerprints,
+        whatever its state. Answer Replay for a completed record. Acquire a released one (epoch + 1). Acquire again,
+        with the same epoch and a new lease, for the owner's own nonce, even when its lease is over. Answer Busy while
+        another's lease lasts. Take over when it is over (epoch + 1). A claim that acquires or takes over must set
+        owner, fingerprints, lease and time to live; any other must change nothing. Answers of one reply are at most
+        3 MiB in all, except when one alone is larger: a record that finds no room is Busy for 1 ms.
+        """
+        ...
+
+    async def complete(self, items: Sequence[CompleteItem]) -> list[Completed]:
+        """Puts the answer into the record and sets its time to live.
+
+        Durable, must look at nothing but these: a durable record is not changed, ALREADY for the same request,
+        MISMATCH for another, but a durable OK (code 0) overwrites a durable error. All else is overwritten: COMPLETED
+        for the owner's nonce, RESTORED for an absent, released, not durably completed or foreign record.
+
+        Not durable, must answer MISMATCH for a record with other fingerprints, ALREADY for a completed one, COMPLETED
+        for one in progress with this nonce, its lease over or not, and FENCED for all else, absent ones included.
+        """
+        ...
+
+    async def release(self, items: Sequence[ReleaseItem]) -> list[Released]:
+        """Ends the ownership of a nonce, and keeps fingerprints and time to live.
+
+        Must answer RELEASED for a record in progress with this nonce, FENCED for one with another, ABSENT without a
+        record, ALREADY for a completed one or one that this nonce had and released.
+        """
+        ...
+
+
+_log = structlog.get_logger(__name__)
+
+_OUTCOMES = Counter("orchestrator_idempotency_outcomes", "Items by step and outcome.", ["step", "outcome"])
+_UNREADABLE = Counter("orchestrator_idempotency_unreadable_records", "Records that were garbage or of another format.")
+_ERRORS = Counter("orchestrator_redis_errors", "Failed calls and probes of Redis by cause.", ["cause"])
+_SECONDS = Histogram(
+    "orchestrator_redis_script_seconds",
+    "Seconds a script call took, as seen from here.",
+    ["step"],
+    buckets=(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
+)
+_UP = Gauge("orchestrator_redis_up", "1 while Redis answers, takes writes and evicts nothing.")
+_EVICTED = Gauge("orchestrator_redis_evicted_keys", "Keys that Redis evicted since its start; anything but 0 is wrong.")
+
+_PROBE_UP_SECONDS = 1.0
+_PROBE_DOWN_SECONDS = 0.2
+_PROBE_KEY = "idem:1:probe"
+_CONNECTIONS = 32
+_LARGEST_REPLY = 3 << 20
+
+_CLAIM = struct.Struct(">II16sB")
+_COMPLETE = struct.Struct(">16sIBBBI")
+_OUTCOME = struct.Struct(">BI")
+_ACQUIRED, _TAKEOVER, _REPLAY, _BUSY, _MISMATCH = range(1, 6)
+_CLAIM_OUTCOMES = ("", "acquired", "takeover", "replay", "busy", "mismatch")
+_UNREADABLE_BIT = 0x80
+_FIRST = Acquired(1)
+
+# By the first word of an error. Any other is a defect in the call, not a state of Redis, and fails that call alone.
+_CAUSES = {
+    "ASK": "moved",
+    "BUSY": "busy",
+    "CLUSTERDOWN": "clusterdown",
+    "LOADING": "loading",
+    "MASTERDOWN": "masterdown",
+    "MISCONF": "misconf",
+    "MOVED": "moved",
+    "NOAUTH": "auth",
+    "NOPERM": "auth",
+    "NOREPLICAS": "noreplicas",
+    "NOSCRIPT": "noscript",
+    "OOM": "oom",
+    "READONLY": "readonly",
+    "TRYAGAIN": "clusterdown",
+    "WRONGPASS": "auth",
+}
+_DEFECT = "defect"
+
+
+class _Script:
+    """One step: its Lua text, its hash, and how long it takes."""
+
+    def __init__(self, step: str) -> None:
+        folder = Path(__file__).parent
+        self.text = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("record.lua", f"{step}.lua"))
+        self.sha = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        self.seconds = _SECONDS.labels(step)
+
+
+class RedisCache:
+    """Cache on one Redis (7.0 or later, or Valkey), named by a redis://, rediss:// or unix:// URL.
+
+    Redis is away when it cannot be reached, refuses writes, or may evict records. Calls then fail at once, without
+    asking it, until a probe finds it back. `on_ready` is told each change of `ready`, which is false until `start`.
+    `timeout`: seconds for one exchange with Redis, connecting included.
+    """
+
+    def __init__(
+        self, url: str, *, timeout: float = 0.25, on_ready: Callable[[bool], Awaitable[None]] | None = None
+    ) -> None:
+        # The pool is only asked to make connections: lending them would cost it more than an exchange costs us.
+        self._factory = ConnectionPool.from_url(
+            url, protocol=2, socket_timeout=None, socket_connect_timeout=timeout, driver_info=None
+        )
+        self._timeout = timeout
+        self._on_ready = on_ready
+        self._idle: list[AbstractConnection] = []
+        self._slots = asyncio.Semaphore(_CONNECTIONS)
+        self._away: str | None = "starting"
+        self._look = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
+        self._policy_hidden = False
+        self._claim, self._complete, self._release = _Script("claim"), _Script("complete"), _Script("release")
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls are passed on to Redis."""
+        return self._away is None
+
+    async def start(self) -> None:
+        """Looks for Redis once, then goes on looking in the background. Never raises for its state."""
+        await self._probe()
+        self._watcher = asyncio.create_task(self._watch(), name="redis probe")
+
+    async def stop(self) -> None:
+        """Ends the probe and closes all connections that no call is using. Calls made later fail."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+        await self._set_away("stopped", "this process is ending")
+
+    async def claim(self, items: Sequence[ClaimItem]) -> list[ClaimOutcome]:
+        """As Cache.claim."""
+        packed = []
+        for _, fingerprints, nonce, lease_millis, ttl_millis in items:
+            packed.append(_CLAIM.pack(lease_millis, ttl_millis, nonce, len(fingerprints)))
+            packed += [b"%c%b" % fingerprint for fingerprint in fingerprints]
+        reply = await self._run(self._claim, items, b"".join(packed), b"%d" % _LARGEST_REPLY)
+        outcomes: list[ClaimOutcome] = []
+        counts = [0] * len(_CLAIM_OUTCOMES)
+        unreadable = at = 0
+        for _ in items:
+            kind, number = _OUTCOME.unpack_from(reply, at)
+            at += _OUTCOME.size
+            if kind & _UNREADABLE_BIT:
+                kind -= _UNREADABLE_BIT
+                unreadable += 1
+            counts[kind] += 1
+            outcome: ClaimOutcome
+            if kind == _ACQUIRED:
+                outcome = _FIRST if number == 1 else Acquired(number)
+            elif kind == _REPLAY:
+                end = at + 2 + number
+                outcome = Replay(reply[at], reply[at + 2 : end], reply[at + 1] == 1)
+                at = end
+            elif kind == _BUSY:
+                outcome = Busy(number)
+            elif kind == _TAKEOVER:
+                outcome = Takeover(number)
+            else:
+                outcome = Mismatch(number == 1)
+            outcomes.append(outcome)
+        for kind, count in enumerate(counts):
+            if count:
+                _OUTCOMES.labels("claim", _CLAIM_OUTCOMES[kind]).inc(count)
+        if unreadable:
+            _UNREADABLE.inc(unreadable)
+        return outcomes
+
+    async def complete(self, items: Sequence[CompleteItem]) -> list[Completed]:
+        """As Cache.complete."""
+        packed = []
+        for _, fingerprints, nonce, code, answer, ttl_millis, durable in items:
+            packed.append(_COMPLETE.pack(nonce, ttl_millis, durable, code, len(fingerprints), len(answer)))
+            packed += [b"%c%b" % fingerprint for fingerprint in fingerprints]
+            packed.append(answer)
+        reply = await self._run(self._complete, items, b"".join(packed))
+        return _results("complete", Completed, reply)
+
+    async def release(self, items: Sequence[ReleaseItem]) -> list[Released]:
+        """As Cache.release."""
+        reply = await self._run(self._release, items, b"".join([item.nonce for item in items]))
+        return _results("release", Released, reply)
+
+    async def _run(self, script: _Script, items: Sequence[_Item], *arguments: bytes) -> bytes:
+        """One call of a script with the items' keys; a reply, or Unavailable."""
+        keys = [b"idem:1:{%b}" % item.scope[:16].hex().encode() for item in items]
+        async with self._slots:
+            if self._away is not None:
+                raise _unavailable(self._away)
+            started = time.perf_counter()
+            try:
+                async with asyncio.timeout(self._timeout):
+                    reply = await self._evaluate(script, b"%d" % len(keys), *keys, *arguments)
+            except (RedisError, OSError) as error:
+                cause = _cause(error)
+                _ERRORS.labels(cause).inc()
+                if cause == _DEFECT:
+                    _log.error("redis_call_failed", error=str(error))
+                else:
+                    await self._set_away(cause, str(error))
+                    self._look.set()
+                raise _unavailable(cause) from error
+            script.seconds.observe(time.perf_counter() - started)
+            return reply
+
+    def _connection(self) -> AbstractConnection:
+        """A new one; its first command connects it."""
+        return cast("AbstractConnection", self._factory.make_connection())  # type: ignore[no-untyped-call]
+
+    async def _evaluate(self, script: _Script, *arguments: bytes) -> bytes:
+        fresh = not self._idle
+        connection = self._connection() if fresh else self._idle.pop()
+        try:
+            return await self._exchange(connection, script, arguments)
+        except RedisConnectionError:
+            if fresh:
+                raise
+        # Redis may have restarted since this connection was last used. Every step may be repeated.
+        await self._close_idle()
+        return await self._exchange(self._connection(), script, arguments)
+
+    async def _exchange(self, connection: AbstractConnection, script: _Script, arguments: Sequence[bytes]) -> bytes:
+        """The script's reply. The connection is kept for the next call if it can serve one."""
+        try:
+            try:
+                reply = await _ask(connection, "EVALSHA", script.sha, *arguments)
+            except NoScriptError:
+                _ERRORS.labels("noscript").inc()
+                await _ask(connection, "SCRIPT", "LOAD", script.text)
+                reply = await _ask(connection, "EVALSHA", script.sha, *arguments)
+        except ResponseError:
+            await self._keep(connection)
+            raise
+        except BaseException:
+            # Nobody knows what would be read from it next.
+            await connection.disconnect(nowait=True)
+            raise
+        await self._keep(connection)
+        return cast("bytes", reply)
+
+    async def _keep(self, connection: AbstractConnection) -> None:
+        if self.ready:
+            self._idle.append(connection)
+        else:
+            await connection.disconnect(nowait=True)
+
+    async def _watch(self) -> None:
+        """Nothing but cancellation ends this loop."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PROBE_UP_SECONDS if self.ready else _PROBE_DOWN_SECONDS):
+                    await self._look.wait()
+            self._look.clear()
+            await self._probe()
+
+    async def _probe(self) -> None:
+        """Finds out whether Redis is to be used."""
+        connection = self._connection()
+        try:
+            async with asyncio.timeout(self._timeout):
+                # A write, because a Redis that only answers reads is of no use: OOM, READONLY, MISCONF show here.
+                await _ask(connection, "SET", _PROBE_KEY, "1", "PX", 1000)
+                policy = await self._look_at_evictions(connection)
+                if not self.ready:
+                    for script in (self._claim, self._complete, self._release):
+                        await _ask(connection, "SCRIPT", "LOAD", script.text)
+        except Exception as error:
+            cause = _cause(error)
+            _ERRORS.labels(cause).inc()
+            await self._set_away(cause, repr(error))
+        else:
+            if policy == "noeviction":
+                await self._set_ready()
+            else:
+                await self._set_away("eviction", f"maxmemory-policy is {policy}, it must be noeviction")
+        finally:
+            await connection.disconnect(nowait=True)
+
+    async def _look_at_evictions(self, connection: AbstractConnection) -> str:
+        """The eviction policy; noeviction when Redis hides it. From INFO, because hosted servers forbid CONFIG."""
+        try:
+            info: bytes = await _ask(connection, "INFO", "memory", "stats")
+        except ResponseError as error:
+            if not self._policy_hidden:
+                self._policy_hidden = True
+                _log.warning("redis_policy_hidden", error=str(error), advice="make sure of maxmemory-policy noeviction")
+            return "noeviction"
+        facts = dict(line.split(b":", 1) for line in info.split(b"\r\n") if b":" in line)
+        _EVICTED.set(int(facts.get(b"evicted_keys", 0)))
+        return facts.get(b"maxmemory_policy", b"unknown").decode()
+
+    async def _set_ready(self) -> None:
+        if self._away is not None:
+            self._away = None
+            _UP.set(1)
+            _log.info("redis_ready")
+            await self._tell(True)
+
+    async def _set_away(self, cause: str, detail: str) -> None:
+        was_ready, changed = self.ready, cause != self._away
+        self._away = cause
+        if changed:
+            _UP.set(0)
+            _log.warning("redis_away", cause=cause, detail=detail)
+        if was_ready:
+            await self._tell(False)
+        await self._close_idle()
+
+    async def _tell(self, ready: bool) -> None:
+        if self._on_ready is not None:
+            await self._on_ready(ready)
+
+    async def _close_idle(self) -> None:
+        while self._idle:
+            await self._idle.pop().disconnect(nowait=True)
+
+
+_Item = ClaimItem | CompleteItem | ReleaseItem
+_Result = TypeVar("_Result", Completed, Released)
+
+
+def _results(step: str, kind: type[_Result], reply: bytes) -> list[_Result]:
+    results = [kind(byte & ~_UNREADABLE_BIT) for byte in reply]
+    for result in kind:
+        if count := results.count(result):
+            _OUTCOMES.labels(step, result.name.lower()).inc(count)
+    if unreadable := sum(byte >= _UNREADABLE_BIT for byte in reply):
+        _UNREADABLE.inc(unreadable)
+    return results
+
+
+async def _ask(connection: AbstractConnection, *command: bytes | str | int) -> Any:
+    """One command and its answer, connecting first if need be. Raises RedisError or OSError."""
+    try:
+        await connection.send_packed_command(connection.pack_command(*command), check_health=False)
+    except RuntimeError as error:  # uvloop, when the other side has reset the connection
+        raise RedisConnectionError(str(error)) from error
+    return await connection.read_response(disable_decoding=True)
+
+
+def _cause(error: Exception) -> str:
+    """A short name for metrics and logs."""
+    if isinstance(error, ResponseError | BusyLoadingError | AuthenticationError):
+        word = getattr(error, "status_code", None) or str(error).partition(" ")[0]
+        return _CAUSES.get(word, _DEFECT)
+    if isinstance(error, RedisTimeoutError | TimeoutError):
+        return "timeout"
+    if isinstance(error, RedisConnectionError | OSError):
+        return "refused" if isinstance(error.__context__, ConnectionRefusedError) else "connection"
+    return _DEFECT
+
+
+def _unavailable(cause: str) -> Unavailable:
+    return Unavailable("REDIS_UNAVAILABLE", f"Redis is not available: {cause}.", metadata={"cause": cause})

@@ -1,0 +1,60 @@
+-- What the steps share; it is put before each of them. It knows the record, one packed STRING for each key:
+--
+--   format 1 · state 1 · flags 1 · code 1 · epoch 4 · kinds 1 · kinds × (kind 1, digest 32) · tail
+--
+-- Integers are big-endian. The tail of C (completed) is the answer, that of I (in progress) and of R (released) is
+-- lease_until 6 (milliseconds, this server's clock) · nonce 16. Bytes that are anything else, another format among
+-- them, count as an absent record.
+
+local FORMAT = 1
+local IN_PROGRESS, COMPLETED, RELEASED = 73, 67, 82 -- 'I', 'C', 'R'
+local DURABLE = 1
+local FINGERPRINT = 33
+local UNREADABLE = 128 -- added to an outcome whose record was there, but was not one
+
+local function now_millis()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local function pack(state, flags, code, epoch, fingerprints, tail)
+  return struct.pack('>BBBBI4B', FORMAT, state, flags, code, epoch, #fingerprints / FINGERPRINT) .. fingerprints .. tail
+end
+
+-- What GET answered → the record as a table; or nil and why: 0 (absent) or UNREADABLE. A third value is an error that
+-- the script must return as it is.
+local function unpack_record(found)
+  if not found then return nil, 0 end
+  if type(found) == 'table' then
+    if string.sub(found.err or '', 1, 9) == 'WRONGTYPE' then return nil, UNREADABLE end
+    return nil, 0, found
+  end
+  if #found < 9 then return nil, UNREADABLE end
+  local format, state, flags, code, epoch, kinds = struct.unpack('>BBBBI4B', found)
+  local tail = 10 + FINGERPRINT * kinds
+  local left = #found - tail + 1
+  if format ~= FORMAT or flags > DURABLE or kinds == 0 or left < 0 then return nil, UNREADABLE end
+  local record = {
+    state = state, durable = flags == DURABLE, code = code, epoch = epoch, fingerprints = string.sub(found, 10, tail - 1),
+  }
+  if state == COMPLETED then
+    record.answer = string.sub(found, tail)
+  elseif (state == IN_PROGRESS or state == RELEASED) and left == 22 then
+    record.lease_until, record.nonce = struct.unpack('>I6c16', found, tail)
+  else
+    return nil, UNREADABLE
+  end
+  return record, 0
+end
+
+-- Equal when any kind present on both sides is equal; without a common kind nothing says that they are equal.
+local function same_request(ours, theirs)
+  if ours == theirs then return true end
+  for i = 1, #ours, FINGERPRINT do
+    local one = string.sub(ours, i, i + FINGERPRINT - 1)
+    for j = 1, #theirs, FINGERPRINT do
+      if one == string.sub(theirs, j, j + FINGERPRINT - 1) then return true end
+    end
+  end
+  return false
+end

@@ -1,0 +1,136 @@
+"""IdempotencyService: checks the items' form, asks the cache, and says what it answered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from idempotency_svc import cache
+from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
+from svckit.errors import InvalidArgument, invalid_field
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from svckit.interceptors import Call
+
+_LARGEST_CODE = 16
+
+
+class IdempotencyServicer:
+    """The RPCs over one Cache. Items are answered in order, each by itself; a malformed one refuses the request."""
+
+    def __init__(self, records: cache.Cache) -> None:
+        self._records = records
+
+    async def Claim(self, request: pb.ClaimRequest, call: Call) -> bytes:
+        """Takes keys, or says why not."""
+        _check_count(len(request.items))
+        items = []
+        for index, item in enumerate(request.items):
+            scope, nonce, lease_millis, ttl_millis = item.scope, item.nonce, item.lease_millis, item.ttl_millis
+            _check_owner(index, scope, nonce)
+            if not 1 <= lease_millis <= cache.LONGEST_LEASE_MILLIS:
+                raise _invalid(
+                    f"items[{index}].lease_millis", lease_millis, f"must be 1 to {cache.LONGEST_LEASE_MILLIS}"
+                )
+            _check_ttl(index, ttl_millis)
+            fingerprints = _fingerprints(index, item.fingerprints)
+            items.append(cache.ClaimItem(scope, fingerprints, nonce, lease_millis, ttl_millis))
+        return b"".join([_claim_answer(outcome) for outcome in await self._records.claim(items)])
+
+    async def Complete(self, request: pb.CompleteRequest, call: Call) -> bytes:
+        """Stores answers."""
+        _check_count(len(request.items))
+        items = []
+        for index, item in enumerate(request.items):
+            scope, nonce, code, answer, ttl_millis = item.scope, item.nonce, item.code, item.answer, item.ttl_millis
+            _check_owner(index, scope, nonce)
+            if not 0 <= code <= _LARGEST_CODE:
+                raise _invalid(f"items[{index}].code", code, f"must be 0 to {_LARGEST_CODE}")
+            if len(answer) > cache.LARGEST_ANSWER:
+                raise _invalid(f"items[{index}].answer", answer, f"must be at most {cache.LARGEST_ANSWER} bytes")
+            _check_ttl(index, ttl_millis)
+            fingerprints = _fingerprints(index, item.fingerprints)
+            items.append(cache.CompleteItem(scope, fingerprints, nonce, code, answer, ttl_millis, item.durable))
+        return b"".join([_COMPLETED[result] for result in await self._records.complete(items)])
+
+    async def Release(self, request: pb.ReleaseRequest, call: Call) -> bytes:
+        """Gives keys back."""
+        _check_count(len(request.items))
+        items = []
+        for index, item in enumerate(request.items):
+            scope, nonce = item.scope, item.nonce
+            _check_owner(index, scope, nonce)
+            items.append(cache.ReleaseItem(scope, nonce))
+        return b"".join([_RELEASED[result] for result in await self._records.release(items)])
+
+
+def _check_count(count: int) -> None:
+    if not 1 <= count <= cache.LARGEST_BATCH:
+        raise _invalid("items", count, f"must be 1 to {cache.LARGEST_BATCH}")
+
+
+def _check_owner(index: int, scope: bytes, nonce: bytes) -> None:
+    if len(scope) != cache.SCOPE_BYTES:
+        raise _invalid(f"items[{index}].scope", scope, f"must be {cache.SCOPE_BYTES} bytes")
+    if len(nonce) != cache.NONCE_BYTES:
+        raise _invalid(f"items[{index}].nonce", nonce, f"must be {cache.NONCE_BYTES} bytes")
+
+
+def _check_ttl(index: int, ttl_millis: int) -> None:
+    if not 1 <= ttl_millis <= cache.LONGEST_TTL_MILLIS:
+        raise _invalid(f"items[{index}].ttl_millis", ttl_millis, f"must be 1 to {cache.LONGEST_TTL_MILLIS}")
+
+
+def _fingerprints(index: int, given: Iterable[pb.Fingerprint]) -> cache.Fingerprints:
+    fingerprints = tuple([(one.kind, one.digest) for one in given])
+    path = f"items[{index}].fingerprints"
+    if not 1 <= len(fingerprints) <= cache.MOST_KINDS:
+        raise _invalid(path, fingerprints, f"must be 1 to {cache.MOST_KINDS}")
+    for place, (kind, digest) in enumerate(fingerprints):
+        if not 1 <= kind <= cache.LARGEST_KIND:
+            raise _invalid(f"{path}[{place}].kind", kind, f"must be 1 to {cache.LARGEST_KIND}")
+        if len(digest) != cache.DIGEST_BYTES:
+            raise _invalid(f"{path}[{place}].digest", digest, f"must be {cache.DIGEST_BYTES} bytes")
+    if len(fingerprints) > 1 and len({kind for kind, _ in fingerprints}) < len(fingerprints):
+        raise _invalid(path, fingerprints, "must be of different kinds")
+    return fingerprints
+
+
+def _invalid(path: str, value: object, description: str) -> InvalidArgument:
+    return invalid_field(path, description, "FIELD_INVALID" if value else "FIELD_REQUIRED")
+
+
+# An answer is the concatenation of answers of one outcome each: protobuf reads that as one message with all of them.
+
+
+def _claim_answer(outcome: cache.ClaimOutcome) -> bytes:
+    match outcome:
+        case cache.Acquired(1):
+            return _FIRST
+        case cache.Acquired(epoch):
+            answer = pb.ClaimOutcome(acquired=pb.ClaimOutcome.Acquired(epoch=epoch))
+        case cache.Replay(code, stored, durable):
+            answer = pb.ClaimOutcome(replay=pb.ClaimOutcome.Replay(code=code, answer=stored, durable=durable))
+        case cache.Busy(lease_left_millis):
+            answer = pb.ClaimOutcome(busy=pb.ClaimOutcome.Busy(lease_left_millis=lease_left_millis))
+        case cache.Takeover(epoch):
+            answer = pb.ClaimOutcome(takeover=pb.ClaimOutcome.Takeover(epoch=epoch))
+        case cache.Mismatch(durable):
+            answer = pb.ClaimOutcome(mismatch=pb.ClaimOutcome.Mismatch(durable=durable))
+    return pb.ClaimResponse(outcomes=[answer]).SerializeToString()
+
+
+_FIRST = pb.ClaimResponse(outcomes=[pb.ClaimOutcome(acquired=pb.ClaimOutcome.Acquired(epoch=1))]).SerializeToString()
+_COMPLETED = {
+    result: pb.CompleteResponse(
+        outcomes=[pb.CompleteOutcome(result=pb.CompleteOutcome.Result.Value(f"RESULT_{result.name}"))]
+    ).SerializeToString()
+    for result in cache.Completed
+}
+_RELEASED = {
+    result: pb.ReleaseResponse(
+        outcomes=[pb.ReleaseOutcome(result=pb.ReleaseOutcome.Result.Value(f"RESULT_{result.name}"))]
+    ).SerializeToString()
+    for result in cache.Released
+}
