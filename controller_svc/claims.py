@@ -1,0 +1,227 @@
+"""ClaimTasks: tried at once, then, without a transaction or a claim held, at every sign of new tasks until the caller's wait is over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import structlog
+from psycopg_pool import PoolTimeout
+
+from controller_svc.core.tasks import ReleaseTask, TaskState
+from controller_svc.mutation import MARGIN, RESEND_PAUSE, RESEND_SECONDS, Answer, Attempt, resource_busy
+from controller_svc.store.claims import Overtaken, TaskClaim, claim_tasks, claimable, recorded
+from controller_svc.store.database import is_collision, is_lock_timeout, refusal, unavailable
+from controller_svc.store.read import Guard
+from svckit.errors import ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from controller_svc.core.mutations import Row
+    from controller_svc.core.tasks import ClaimTasks, Task, TaskMutations
+    from controller_svc.mutation import Door
+    from controller_svc.store.database import Database
+    from svckit.interceptors import Call
+
+log = structlog.get_logger(__name__)
+
+POLL_SECONDS = 1.0
+"""How often waiting roles are looked at, whatever wake-ups say: other processes route tasks too, and schedules come due."""
+
+
+class Empty(Exception):
+    """Nothing to claim now."""
+
+
+class Claims:
+    """Hands out tasks. Waiting calls sleep per (tenant, role); one query a second asks for all of them together."""
+
+    def __init__(self, database: Database, door: Door, mutations: TaskMutations) -> None:
+        self._database = database
+        self._door = door
+        self._mutations = mutations
+        self._sleepers: dict[tuple[str, str], deque[asyncio.Future[bool]]] = {}
+        self._poller: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[Any]] = set()
+        self._stopped = False
+
+    def start(self) -> None:
+        """Starts to look for claimable tasks."""
+        self._poller = asyncio.create_task(self._poll())
+
+    def stop(self) -> None:
+        """Answers every waiting call, empty."""
+        self._stopped = True
+        if self._poller is not None:
+            self._poller.cancel()
+        for sleepers in self._sleepers.values():
+            for sleeper in sleepers:
+                if not sleeper.done():
+                    sleeper.set_result(False)
+
+    def written(self, row: Row) -> None:
+        """Takes note of a committed row: a pending task wakes one call that waits for its role."""
+        if row.table == "tasks" and row.state == TaskState.PENDING:
+            self._wake((row.tenant, row.target_role))  # type: ignore[attr-defined]
+
+    async def claim(self, command: ClaimTasks, call: Call, respond: Callable[[list[tuple[Task, UUID]]], bytes]) -> bytes:
+        """The response's bytes, empty when the wait is over without a task. Raises ServiceError as Door.write does."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + min(command.wait_seconds, max(call.remaining() - MARGIN, 0.0))
+        who = (command.actor.tenant, command.role)
+
+        def answer(tasks: list[Task]) -> bytes:
+            return respond([(task, task.lease_id) for task in tasks if task.lease_id is not None])
+
+        while True:
+            attempt = self._door.attempt(call)
+            try:
+                given = await self._door.once(attempt, call, lambda attempt: self._take(attempt, command, answer))
+            except Empty:
+                pass
+            else:
+                self._wake(who)  # there may be more than this call took
+                return self._door.tell(given, call)
+            if self._stopped or not await self._sleep(who, until - loop.time(), call):
+                return answer([])
+
+    async def _sleep(self, who: tuple[str, str], seconds: float, call: Call) -> bool:
+        """True when there may be a task; False when the time is over."""
+        if seconds <= 0:
+            return False
+        sleeper: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        sleepers = self._sleepers.setdefault(who, deque())
+        sleepers.append(sleeper)
+        try:
+            with call.waiting():
+                async with asyncio.timeout(seconds):
+                    return await sleeper
+        except TimeoutError:
+            return False
+        finally:
+            if sleeper in sleepers:
+                sleepers.remove(sleeper)
+            if not sleepers and self._sleepers.get(who) is sleepers:
+                del self._sleepers[who]
+
+    def _wake(self, who: tuple[str, str]) -> None:
+        sleepers = self._sleepers.get(who)
+        while sleepers:
+            sleeper = sleepers.popleft()
+            if not sleeper.done():
+                sleeper.set_result(True)
+                return
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            if not self._sleepers or not self._database.ready:
+                continue
+            try:
+                async with self._database.reading() as connection:
+                    for who in await claimable(connection, self._sleepers):
+                        self._wake(who)
+            except ServiceError as error:
+                log.warning("looking for claimable tasks failed", reason=error.reason)
+
+    # -- the transaction --
+
+    async def _take(self, attempt: Attempt, command: ClaimTasks, respond: Callable[[list[Task]], bytes]) -> Answer:
+        """Claims in a task of its own, which goes on to its end whatever becomes of the caller."""
+        attempt.started = True
+        taken: list[Task] = []
+        task = asyncio.get_running_loop().create_task(self._transact(attempt, command, respond, taken))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if attempt.key_hash is None:
+                task.add_done_callback(lambda done: self._give_back(done, command, taken))
+            raise
+
+    async def _transact(
+        self, attempt: Attempt, command: ClaimTasks, respond: Callable[[list[Task]], bytes], taken: list[Task]
+    ) -> Answer:
+        actor = command.actor
+        claim = TaskClaim(
+            tenant=actor.tenant,
+            role=command.role,
+            max_tasks=command.max_tasks,
+            subject=actor.subject,
+            acting_role=actor.acting_role(command.role),
+            on_behalf_of=actor.on_behalf_of,
+            trace_id=attempt.trace_id,
+            method=attempt.method,
+            scope=attempt.scope,
+            fingerprint=attempt.fingerprint,
+            key_hash=attempt.key_hash,
+            command_id=attempt.command_id,
+            lifetime=self._door.lifetimes.of_guard(attempt, 0),
+        )
+        try:
+            while True:
+                if not self._database.ready:
+                    raise unavailable()
+                if attempt.remaining < MARGIN:
+                    raise resource_busy()
+                sent = False
+                try:
+                    async with self._database.waiting.connection() as connection:
+                        sent = True
+                        outcome = await claim_tasks(connection, claim, respond)
+                except (psycopg.Error, PoolTimeout, Overtaken) as error:
+                    if is_lock_timeout(error) or is_collision(error) or isinstance(error, Overtaken):
+                        continue
+                    if not sent or not isinstance(error, psycopg.OperationalError):
+                        raise refusal(error) from error
+                    outcome = await self._settled(attempt)
+                    if outcome is None:
+                        continue
+                if isinstance(outcome, Guard):
+                    answer = self._door.replay(attempt, outcome)
+                    self._door.settle(attempt, answer)
+                    return answer
+                tasks, body = outcome
+                if not tasks:
+                    raise Empty
+                taken.extend(tasks)
+                return self._door.finish(attempt, 0, body)
+        except Exception as error:
+            if not attempt.result.done():
+                self._door.give_up(attempt, error)
+            raise
+
+    async def _settled(self, attempt: Attempt) -> Guard | None:
+        """After a lost connection: the guard if the claim was committed, None if it was not. Raises Unavailable OUTCOME_UNKNOWN."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + RESEND_SECONDS
+        while True:
+            try:
+                async with self._database.waiting.connection() as connection:
+                    return await recorded(connection, attempt.tenant, attempt.scope)
+            except (psycopg.Error, PoolTimeout):
+                if loop.time() > until:
+                    raise self._door.leave_open(attempt) from None
+                await asyncio.sleep(RESEND_PAUSE)
+
+    def _give_back(self, done: asyncio.Task[Answer], command: ClaimTasks, taken: list[Task]) -> None:
+        """A caller that left before the COMMIT never sees its lease ids: without a key nobody ever will."""
+        if done.cancelled() or done.exception() is not None:
+            return
+        task = asyncio.get_running_loop().create_task(self._release(command, taken))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _release(self, command: ClaimTasks, taken: list[Task]) -> None:
+        for task in taken:
+            assert task.lease_id is not None
+            release = ReleaseTask(actor=command.actor, id=task.id, lease_id=task.lease_id)
+            try:
+                await self._door.apply(self._mutations.release, release, command.actor)
+            except ServiceError as error:
+                log.warning("task not given back; its lease ends it", task_id=str(task.id), reason=error.reason)

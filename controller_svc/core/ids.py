@@ -1,0 +1,33 @@
+"""Ids of resources: UUIDv7, whose order is the order of creation."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from uuid import UUID
+
+from svckit.errors import invalid_field
+
+_CANONICAL = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}").fullmatch
+
+
+def new_id(now: float | None = None) -> UUID:
+    """A new UUIDv7 for `now` (seconds since the epoch; the wall clock if not given).
+
+    The 12 bits after the milliseconds hold a fraction of the millisecond (RFC 9562, 6.2, method 3),
+    so ids made in one process at least 0.25 µs apart sort as they were made.
+    """
+    nanos = time.time_ns() if now is None else round(now * 1_000_000) * 1000
+    millis, rest = divmod(nanos, 1_000_000)
+    random = int.from_bytes(os.urandom(8), "big") >> 2
+    return UUID(int=(millis << 80) | (0x7 << 76) | ((rest * 4096 // 1_000_000) << 64) | (0b10 << 62) | random)
+
+
+def parse_id(text: str, field: str) -> UUID:
+    """The UUID of its canonical text in either case; raises InvalidArgument naming `field` for any other text."""
+    if _CANONICAL(text) is None:
+        if not text:
+            raise invalid_field(field, "Required.", "FIELD_REQUIRED")
+        raise invalid_field(field, "Must be a UUID in its canonical form.")
+    return UUID(text)

@@ -1,0 +1,257 @@
+"""The fast path of idempotency: a call's key, scope and fingerprint; claims and completions, in groups, behind a breaker."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+from prometheus_client import Counter, Gauge
+
+from controller_svc.store.database import Component
+from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
+from orchestrator.options.v1 import options_pb2
+from svckit.errors import InvalidArgument
+from svckit.groups import Groups
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from google.protobuf.descriptor import Descriptor
+    from google.protobuf.message import Message
+
+    from orchestrator.idempotency.v1.idempotency_service_pb2_grpc import IdempotencyServiceAsyncStub
+
+log = structlog.get_logger(__name__)
+
+KEY_HEADER = "idempotency-key"
+CLAIM_SECONDS = 0.25
+"""What a claim may cost a call before Postgres decides alone."""
+COMPLETE_SECONDS = 2.0
+PROBE_SECONDS = 0.5
+TRIP_AFTER = 3
+"""Slow batches in a row that open the breaker. A refused connection opens it at once."""
+MAX_PENDING = 10_000
+"""Completions and releases that may wait. Past it they are dropped: the guard in Postgres answers instead."""
+
+CLAIMS = Counter("orchestrator_claims_total", "Claims, by outcome.", ["outcome"])
+DROPPED = Counter("orchestrator_completions_dropped_total", "Completions and releases given up: the guard repairs them later.")
+DEGRADED = Gauge("orchestrator_idempotency_degraded", "1 while calls go without claims, because idempotency_svc or Redis is away.")
+
+
+def idempotency_key(values: Sequence[str]) -> str | None:
+    """The call's key, None if it has none. Raises InvalidArgument unless it is one value of 1..255 visible ASCII characters."""
+    if not values:
+        return None
+    key = values[0]
+    if len(values) > 1 or not 1 <= len(key) <= 255 or not key.isascii() or not all("!" <= char <= "~" for char in key):
+        raise InvalidArgument(
+            "IDEMPOTENCY_KEY_INVALID",
+            f"Metadata {KEY_HEADER} must be given once, as 1 to 255 visible ASCII characters.",
+            fields=((KEY_HEADER, "one value of 1..255 visible ASCII characters"),),
+        )
+    return key
+
+
+def scope_of(*parts: str) -> bytes:
+    """SHA-256 over the parts, each behind its length, so that no two lists of parts share a preimage."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(len(data).to_bytes(4, "big") + data)
+    return digest.digest()
+
+
+def fingerprint_of(request: Message) -> bytes:
+    """Kind 1: SHA-256 of the request's deterministic serialisation (equal for clients that order map entries differently).
+
+    Without the fields that the proto marks `fingerprint_exclude`: a retry may change them.
+    """
+    excluded = _excluded(request.DESCRIPTOR)
+    if excluded:
+        whole, request = request, type(request)()
+        request.CopyFrom(whole)
+        for name in excluded:
+            request.ClearField(name)
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+
+
+@cache
+def _excluded(descriptor: Descriptor) -> tuple[str, ...]:
+    return tuple(
+        field.name for field in descriptor.fields if field.GetOptions().Extensions[options_pb2.fingerprint_exclude]
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """One ask for a scope. The nonce makes it ours: asked again, it is answered the same."""
+
+    scope: bytes
+    fingerprint: bytes
+    lease: float
+    """Seconds the owner may take."""
+    nonce: bytes = field(default_factory=lambda: os.urandom(16))
+    answered: asyncio.Future[pb.ClaimOutcome | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Idempotency:
+    """The client of idempotency_svc. Nothing here raises because the service is away: Postgres decides without it."""
+
+    def __init__(self, stub: IdempotencyServiceAsyncStub | None, *, ttl: float) -> None:
+        """`stub` None switches the fast path off. `ttl` is the life of a record in seconds."""
+        self._stub = stub
+        self._ttl_millis = int(ttl * 1000)
+        self._component = Component(None if stub is None else True, "", datetime.now(UTC))
+        self._slow = 0
+        self._probe: asyncio.Task[None] | None = None
+        self._claims: Groups[Claim] = Groups("claim", self._claim, self._not_claimed, max_size=128)
+        self._ends: Groups[_End] = Groups("complete", self._end, lambda end, error: DROPPED.inc(), max_size=128)
+
+    def component(self) -> Component:
+        """For StatusService; `up` is None when switched off."""
+        return self._component
+
+    async def claim(self, claim: Claim) -> pb.ClaimOutcome | None:
+        """What idempotency_svc says of the scope; None when it is away.
+
+        The RPC that carries the claim outlives its caller: a claim acquired for nobody is released.
+        """
+        if not self._component.up:
+            return None
+        self._claims.put(claim)
+        return await claim.answered
+
+    def complete(self, scope: bytes, fingerprint: bytes, nonce: bytes, code: int, answer: bytes, ttl: float) -> None:
+        """Tells, off the caller's path, the answer that Postgres keeps for the scope (a durable Complete)."""
+        if ttl < 1:
+            return
+        self._later(
+            _End(
+                complete=pb.CompleteItem(
+                    scope=scope,
+                    fingerprints=[pb.Fingerprint(kind=1, digest=fingerprint)],
+                    nonce=nonce,
+                    code=code,
+                    answer=answer,
+                    ttl_millis=int(ttl * 1000),
+                    durable=True,
+                )
+            )
+        )
+
+    def release(self, claim: Claim) -> None:
+        """Gives up a claim for which nothing was written and nothing will be."""
+        self._later(_End(release=pb.ReleaseItem(scope=claim.scope, nonce=claim.nonce)))
+
+    async def close(self) -> None:
+        """Sends what waits, for a moment, and stops."""
+        if self._stub is None:
+            return
+        try:
+            async with asyncio.timeout(COMPLETE_SECONDS):
+                await self._ends.drained()
+        except TimeoutError:
+            log.warning("completions left unsent", count=len(self._ends))
+        if self._probe is not None:
+            self._probe.cancel()
+
+    # -- groups --
+
+    async def _claim(self, group: list[Claim]) -> None:
+        assert self._stub is not None
+        request = pb.ClaimRequest(
+            items=[
+                pb.ClaimItem(
+                    scope=claim.scope,
+                    fingerprints=[pb.Fingerprint(kind=1, digest=claim.fingerprint)],
+                    nonce=claim.nonce,
+                    lease_millis=int(claim.lease * 1000),
+                    ttl_millis=self._ttl_millis,
+                )
+                for claim in group
+            ]
+        )
+        try:
+            response = await self._stub.Claim(request, timeout=CLAIM_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            self._failed(error)
+            for claim in group:
+                self._answer(claim, None)
+            return
+        self._slow = 0
+        for claim, outcome in zip(group, response.outcomes, strict=True):
+            self._answer(claim, outcome)
+
+    def _not_claimed(self, claim: Claim, error: Exception) -> None:
+        self._answer(claim, None)
+
+    def _answer(self, claim: Claim, outcome: pb.ClaimOutcome | None) -> None:
+        kind = outcome.WhichOneof("outcome") if outcome is not None else "away"
+        CLAIMS.labels(kind).inc()
+        if not claim.answered.done():
+            claim.answered.set_result(outcome)
+        elif kind in ("acquired", "takeover"):
+            self.release(claim)
+
+    def _later(self, end: _End) -> None:
+        if not self._component.up or len(self._ends) >= MAX_PENDING:
+            DROPPED.inc()
+            return
+        self._ends.put(end)
+
+    async def _end(self, group: list[_End]) -> None:
+        assert self._stub is not None
+        completes = [end.complete for end in group if end.complete is not None]
+        releases = [end.release for end in group if end.release is not None]
+        try:
+            if completes:
+                await self._stub.Complete(pb.CompleteRequest(items=completes), timeout=COMPLETE_SECONDS)
+            if releases:
+                await self._stub.Release(pb.ReleaseRequest(items=releases), timeout=COMPLETE_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            DROPPED.inc(len(group))
+            self._failed(error)
+
+    # -- breaker --
+
+    def _failed(self, error: grpc.aio.AioRpcError) -> None:
+        self._slow += 1
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self._slow < TRIP_AFTER:
+            return
+        if self._component.up:
+            detail = f"{error.code().name}: {error.details()}"
+            log.warning("idempotency_svc away: going on with Postgres alone", detail=detail)
+            self._component = Component(False, detail, datetime.now(UTC))
+            DEGRADED.set(1)
+            self._probe = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        """Asks for something harmless that takes the whole way, token and Redis included, until it is answered."""
+        assert self._stub is not None
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            nothing = pb.ReleaseRequest(items=[pb.ReleaseItem(scope=os.urandom(32), nonce=os.urandom(16))])
+            try:
+                await self._stub.Release(nothing, timeout=CLAIM_SECONDS)
+            except grpc.aio.AioRpcError:
+                continue
+            self._slow = 0
+            self._component = Component(True, "", datetime.now(UTC))
+            DEGRADED.set(0)
+            log.info("idempotency_svc back")
+            return
+
+
+@dataclass(slots=True, eq=False)
+class _End:
+    """A completion or a release on its way."""
+
+    complete: Any = None
+    release: Any = None

@@ -1,0 +1,667 @@
+"""The door: every guarded write goes through here, and takes effect once.
+
+    key → claim → read → decide → write → answer → complete
+
+Concurrent calls share the steps (svckit.groups). What may go wrong on the way, and what is done about it, stands beside each step;
+store/write.py says what the one statement relies on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID, uuid4
+
+import psycopg
+import structlog
+from prometheus_client import Counter
+from psycopg_pool import PoolTimeout
+
+from controller_svc.idempotency import KEY_HEADER, Claim, fingerprint_of, idempotency_key, scope_of
+from controller_svc.store.database import (
+    STATEMENT_SECONDS,
+    OutcomeUnknown,
+    is_bad_data,
+    is_collision,
+    is_lock_timeout,
+    refusal,
+    unavailable,
+    unhurried,
+)
+from controller_svc.store.read import Guard, read_guards, read_rows
+from controller_svc.store.write import Outcome, Write, write
+from svckit.errors import (
+    Aborted,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    ServiceError,
+    StoredAnswer,
+    Unavailable,
+)
+from svckit.groups import Groups, Slots
+from svckit.statuses import STORED_CODES, code_of, status_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from controller_svc.core.mutations import Actor, Key, Lookup, Mutation, Row
+    from controller_svc.idempotency import Idempotency
+    from controller_svc.store.database import Database
+    from svckit.interceptors import Call
+
+log = structlog.get_logger(__name__)
+
+LONGEST_ATTEMPT = 60.0
+"""Seconds within which every attempt has ended: a unary call's 30 s, and what it may take to settle an unknown outcome."""
+KEYLESS_LIFE = timedelta(seconds=2 * LONGEST_ATTEMPT)
+"""The guard of a call without a key serves only to settle an unknown outcome."""
+WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
+RESEND_SECONDS = 5.0
+RESEND_PAUSE = 0.2
+MARGIN = 0.1
+"""Seconds before its deadline at which a caller that waits is told so."""
+FIRST_LOOK = 0.05
+LAST_LOOK = 0.5
+"""Seconds between two looks at a key that somebody else owns."""
+SWEEP_SECONDS = 10.0
+
+OUTCOMES = Counter("orchestrator_writes_total", "Commands through the door, by what became of them.", ["outcome"])
+
+
+class Answer(NamedTuple):
+    """What every caller of a key is told."""
+
+    code: int
+    """gRPC status code; 0 is OK."""
+    body: bytes
+    """The response, or the serialised google.rpc.Status."""
+    replayed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One command on its way through the door."""
+
+    method: str
+    tenant: str
+    subject: str
+    on_behalf_of: str
+    trace_id: str
+    scope: bytes
+    fingerprint: bytes
+    key_hash: bytes | None
+    """None: without a key, so the scope is its own."""
+    deadline: float
+    """By the event loop's clock."""
+    command_id: UUID
+    mutation: Mutation[Any] = None  # type: ignore[assignment]  # a claim of tasks has none
+    command: Any = None
+    respond: Callable[[Any], bytes] = lambda answer: b""
+    not_after: Any = None
+    claim: Claim | None = None
+    alone: bool = False
+    look_at_guard: bool = False
+    started: bool = False
+    unsure: bool = False
+    """Sent once without an answer, and no guard looked for since."""
+    collisions: int = 0
+    result: asyncio.Future[Answer | Exception] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    followers: list[asyncio.Future[Answer | None]] = field(default_factory=list)
+
+    @property
+    def remaining(self) -> float:
+        return self.deadline - asyncio.get_running_loop().time()
+
+
+Decided = tuple[Attempt, Write]
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """How long answers are kept, in seconds."""
+
+    ok: float
+    """OK answers are replayed this long."""
+    error: float
+    """Error answers are replayed at most this long."""
+
+    def of_guard(self, attempt: Attempt, code: int) -> timedelta:
+        """By Postgres' clock. An OK answer's guard outlives its record in Redis by a day, whatever clocks say."""
+        if attempt.key_hash is None:
+            return KEYLESS_LIFE
+        return timedelta(seconds=self.error if code else max(48 * 3600.0, self.ok + 24 * 3600.0))
+
+    def of_record(self, code: int, guard_left: timedelta) -> float:
+        """At most the guard's remaining life less one longest attempt: Redis never answers what Postgres has forgotten."""
+        return min(self.error if code else self.ok, guard_left.total_seconds() - LONGEST_ATTEMPT)
+
+
+class Door:
+    """Takes commands, makes each take effect once, and answers with the bytes that Postgres keeps."""
+
+    def __init__(
+        self,
+        database: Database,
+        idempotency: Idempotency,
+        lifetimes: Lifetimes,
+        *,
+        lanes: int,
+        always_require_key: bool = False,
+        on_written: Callable[[Row], None] = lambda row: None,
+    ) -> None:
+        """`on_written` is called for each row once it is committed."""
+        self._database = database
+        self._idempotency = idempotency
+        self.lifetimes = lifetimes
+        self._always_require_key = always_require_key
+        self._on_written = on_written
+        self._slots: Slots[Attempt] = Slots()
+        self._owners: dict[bytes, Attempt] = {}
+        self._groups: Groups[Attempt] = Groups("write", self._in_group, self.settle, max_size=96, lanes=lanes)
+        self._alone: Groups[Attempt] = Groups("alone", self._in_turn, self.settle, max_size=1, lanes=4)
+
+    async def write(self, mutation: Mutation[Any], command: Any, call: Call, respond: Callable[[Any], bytes]) -> bytes:
+        """Runs a command for a caller. Returns the response's bytes; a replay is marked by trailer `idempotency-replayed`.
+
+        Raises ServiceError: the mutation's refusal, one of the key's reasons (IDEMPOTENCY_*), RESOURCE_BUSY, OUTCOME_UNKNOWN or
+        DATABASE_UNAVAILABLE.
+        """
+        attempt = self.attempt(call)
+        attempt.mutation, attempt.command, attempt.respond = mutation, command, respond
+        return self.tell(await self.once(attempt, call, self._decided), call)
+
+    async def apply(self, mutation: Mutation[Any], command: Any, actor: Actor) -> None:
+        """Runs a command of the server's own. Raises ServiceError as `write` does."""
+        command_id = uuid4()
+        attempt = Attempt(
+            method=mutation.method,
+            tenant=actor.tenant,
+            subject=actor.subject,
+            on_behalf_of="",
+            trace_id="",
+            scope=scope_of("keyless", command_id.hex),
+            fingerprint=b"\0" * 32,
+            key_hash=None,
+            deadline=asyncio.get_running_loop().time() + SWEEP_SECONDS,
+            command_id=command_id,
+            mutation=mutation,
+            command=command,
+        )
+        await self._decided(attempt)
+
+    async def close(self) -> None:
+        """Returns when nothing is on its way any more."""
+        await self._groups.drained()
+        await self._alone.drained()
+
+    # -- key --
+
+    def attempt(self, call: Call) -> Attempt:
+        """A new attempt at a call, with its key's scope and fingerprint. Raises InvalidArgument for a bad or missing key."""
+        principal = call.principal
+        method = call.policy.full_method
+        key = idempotency_key(call.values(KEY_HEADER))
+        if key is None and (call.policy.key_required or self._always_require_key):
+            raise InvalidArgument(
+                "IDEMPOTENCY_KEY_REQUIRED",
+                f"{method} needs metadata {KEY_HEADER}.",
+                fields=((KEY_HEADER, "required"),),
+            )
+        command_id = uuid4()
+        if key is None:
+            scope, fingerprint, key_hash = scope_of("keyless", command_id.hex), b"\0" * 32, None
+        else:
+            scope = scope_of(principal.issuer, principal.tenant, principal.subject, method, key)
+            fingerprint, key_hash = fingerprint_of(call.request), scope_of(key)
+        return Attempt(
+            method=method,
+            tenant=principal.tenant,
+            subject=principal.subject,
+            on_behalf_of=principal.on_behalf_of,
+            trace_id=call.trace.trace_id,
+            scope=scope,
+            fingerprint=fingerprint,
+            key_hash=key_hash,
+            deadline=call.deadline,
+            command_id=command_id,
+        )
+
+    def tell(self, answer: Answer, call: Call) -> bytes:
+        """The answer as a servicer gives it. Raises StoredAnswer for an error answer."""
+        if answer.replayed:
+            call.trailer("idempotency-replayed", "true")
+        if answer.code:
+            raise StoredAnswer(answer.code, answer.body)
+        return answer.body
+
+    async def once(self, attempt: Attempt, call: Call, work: Callable[[Attempt], Awaitable[Answer]]) -> Answer:
+        """Has `work` done by one owner per key, here and elsewhere; the others are given its answer.
+
+        `work` settles the attempt, by `finish` or `give_up`, whatever becomes of its caller. In this process the others wait for the
+        owner, and one of them takes over if it has no answer.
+        """
+        if attempt.key_hash is None:
+            return await work(attempt)
+        while (owner := self._owners.get(attempt.scope)) is not None:
+            if owner.fingerprint != attempt.fingerprint:
+                return await self._recorded(attempt)
+            answer = await self._follow(owner, attempt, call)
+            if answer is not None:
+                return answer._replace(replayed=True)
+        self._owners[attempt.scope] = attempt
+        try:
+            answer = await self._claim(attempt, call)
+        except BaseException as error:
+            self.give_up(attempt, error if isinstance(error, ServiceError) else _gone())
+            raise
+        if answer is None:
+            return await work(attempt)
+        self.settle(attempt, answer)
+        return answer
+
+    async def _follow(self, owner: Attempt, attempt: Attempt, call: Call) -> Answer | None:
+        follower: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+        owner.followers.append(follower)
+        with call.waiting():
+            try:
+                async with asyncio.timeout(max(attempt.remaining - MARGIN, 0)):
+                    return await follower
+            except TimeoutError:
+                raise _in_progress(1.0) from None
+
+    # -- claim --
+
+    async def _claim(self, attempt: Attempt, call: Call) -> Answer | None:
+        """Claims the key at idempotency_svc. An answer is a replay; None means: go on, the key is ours, or Postgres decides.
+
+        Raises FailedPrecondition IDEMPOTENCY_KEY_REUSED, or Aborted IDEMPOTENCY_IN_PROGRESS when the owner has not answered in time.
+        """
+        pause = FIRST_LOOK
+        while True:
+            claim = Claim(attempt.scope, attempt.fingerprint, lease=max(min(attempt.remaining, 30.0), 0.0) + 2.0)
+            outcome = await self._idempotency.claim(claim)
+            kind = outcome and outcome.WhichOneof("outcome")
+            if outcome is None or kind in ("acquired", "takeover"):
+                # When it is away the claim may have arrived all the same; released or completed, it does no harm.
+                attempt.claim = claim
+                attempt.alone = kind == "takeover"  # the owner before may still be at work: wait for its locks
+                return None
+            if kind == "replay":
+                return Answer(outcome.replay.code, outcome.replay.answer, replayed=True)
+            if kind == "mismatch":
+                if outcome.mismatch.durable:
+                    raise _key_reused()
+                return await self._recorded(attempt)
+            guard = await self._guard(attempt)  # busy: its owner may have died between COMMIT and Complete
+            if guard is not None:
+                return self.replay(attempt, guard)
+            if attempt.remaining < pause + MARGIN:
+                raise _in_progress(outcome.busy.lease_left_millis / 1000 if outcome is not None else 1.0)
+            with call.waiting():
+                await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_LOOK)
+
+    async def _recorded(self, attempt: Attempt) -> Answer:
+        """The key has another fingerprint in a place that does not decide: the guard does."""
+        guard = await self._guard(attempt)
+        if guard is None:
+            raise _key_reused()
+        return self.replay(attempt, guard)
+
+    async def _guard(self, attempt: Attempt) -> Guard | None:
+        async with self._database.reading() as connection:
+            return (await read_guards(connection, [(attempt.tenant, attempt.scope)])).get(attempt.scope)
+
+    def replay(self, attempt: Attempt, guard: Guard) -> Answer:
+        """The guard's answer, given to Redis too. Raises FailedPrecondition when it is of another request."""
+        mine = guard.command_id == attempt.command_id
+        if attempt.key_hash is not None:
+            self._complete(attempt, guard.fingerprint, guard.code, guard.answer, guard.expire_time - self._database.now())
+        if not mine and guard.fingerprint != attempt.fingerprint:
+            raise _key_reused()
+        return Answer(guard.code, guard.answer, replayed=not mine)
+
+    def _complete(self, attempt: Attempt, fingerprint: bytes, code: int, answer: bytes, guard_left: timedelta) -> None:
+        nonce = attempt.claim.nonce if attempt.claim is not None else os.urandom(16)
+        self._idempotency.complete(
+            attempt.scope, fingerprint, nonce, code, answer, self.lifetimes.of_record(code, guard_left)
+        )
+
+    # -- read, decide, write --
+
+    async def _decided(self, attempt: Attempt) -> Answer:
+        """Waits for the attempt's slots, a group and its outcome. A caller that leaves before the start takes it along."""
+        if not self._database.ready:
+            self.give_up(attempt, unavailable())
+            raise unavailable()
+        attempt.not_after = self._database.now() + timedelta(seconds=attempt.remaining)
+        keys = attempt.mutation.reads(attempt.command, {})
+        overdue = None
+        if not self._slots.take(attempt, (attempt.scope, *keys.change), self._line_up):
+            overdue = asyncio.get_running_loop().call_at(attempt.deadline - MARGIN, self._leave, attempt, resource_busy())
+        try:
+            result = await attempt.result
+        except asyncio.CancelledError:
+            self._leave(attempt, _gone())
+            raise
+        finally:
+            if overdue is not None:
+                overdue.cancel()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _leave(self, attempt: Attempt, error: ServiceError) -> None:
+        """Takes an attempt out of whatever line it stands in. One that has started goes on."""
+        if not attempt.started:
+            self._groups.take_out(attempt)
+            self._alone.take_out(attempt)
+            self.give_up(attempt, error)
+
+    def _line_up(self, attempt: Attempt) -> None:
+        (self._alone if attempt.alone else self._groups).put(attempt)
+
+    async def _in_group(self, group: list[Attempt]) -> None:
+        await self._carry(group, wait=False)
+
+    async def _in_turn(self, group: list[Attempt]) -> None:
+        await self._carry(group, wait=True)
+
+    async def _carry(self, group: list[Attempt], *, wait: bool) -> None:
+        """Reads, decides and writes; the connection lost before anything was sent is tried once more."""
+        attempts = []
+        for attempt in group:
+            if attempt.remaining <= 0:
+                self._out_of_time(attempt, _too_late())
+            else:
+                attempt.started = True
+                attempts.append(attempt)
+        for last_try in (False, True):
+            decided: list[Decided] | None = None
+            try:
+                async with self._pool(wait).connection() as connection:
+                    decided = await self._decide(connection, attempts)
+                    if not decided:
+                        return
+                    outcomes = await self._send(connection, decided, wait)
+            except (psycopg.Error, PoolTimeout, OutcomeUnknown, ValueError, OverflowError) as error:
+                if decided is not None:
+                    await self._mend(decided, error, wait, until=_time() + RESEND_SECONDS)
+                    return
+                if last_try or not isinstance(error, psycopg.OperationalError):
+                    for attempt in attempts:
+                        self.give_up(attempt, refusal(error))
+                    return
+            else:
+                await self._settle_all(decided, outcomes, wait)
+                return
+            attempts = [attempt for attempt in attempts if not attempt.result.done()]
+
+    def _pool(self, wait: bool) -> Any:
+        return self._database.waiting if wait else self._database.groups
+
+    async def _decide(self, connection: psycopg.AsyncConnection[Any], attempts: list[Attempt]) -> list[Decided]:
+        """What each attempt wants written. Answers at once those that want nothing written."""
+        found: dict[Key | Lookup, Any] = {}
+        reads_rows: set[Attempt] = set()
+        while True:
+            missing: set[Key | Lookup] = set()
+            for attempt in attempts:
+                keys = attempt.mutation.reads(attempt.command, found)
+                wanted = [key for key in (*keys.change, *keys.look) if key not in found]
+                if wanted:
+                    reads_rows.add(attempt)
+                    missing.update(wanted)
+            if not missing:
+                break
+            found.update(await read_rows(connection, missing))
+        # Guards after rows: whoever changed a row we saw has a guard we see. Creates read nothing, their guard is met in writing.
+        looked = [a for a in attempts if a.look_at_guard or (a.key_hash is not None and a in reads_rows)]
+        guards = await read_guards(connection, [(a.tenant, a.scope) for a in looked]) if looked else {}
+
+        decided = []
+        for attempt in attempts:
+            try:
+                guard = guards.get(attempt.scope)
+                if guard is not None:
+                    self.settle(attempt, self.replay(attempt, guard))
+                    continue
+                attempt.unsure = attempt.unsure and attempt not in looked
+                write = self._decide_one(attempt, found)
+            except Exception as error:
+                if not isinstance(error, ServiceError):
+                    log.exception("mutation failed", method=attempt.method)
+                self.give_up(attempt, error)
+                continue
+            if attempt.key_hash is None and not write.rows and not write.events:
+                self.settle(attempt, Answer(write.code, write.answer))
+            else:
+                decided.append((attempt, write))
+        return decided
+
+    def _decide_one(self, attempt: Attempt, found: dict[Key | Lookup, Any]) -> Write:
+        """The mutation's decision, or its refusal where that is kept as an answer. Raises any other refusal."""
+        code, rows, events = 0, (), ()
+        try:
+            decision = attempt.mutation.decide(attempt.command, found, self._database.now())
+            rows, events = decision.rows, decision.events
+            answer = attempt.respond(decision.answer)
+        except ServiceError as error:
+            code = code_of(error).value[0]
+            if attempt.key_hash is None or code not in STORED_CODES:
+                raise
+            answer = status_of(error).SerializeToString()
+        return Write(
+            command_id=attempt.command_id,
+            tenant=attempt.tenant,
+            scope=attempt.scope,
+            fingerprint=attempt.fingerprint,
+            code=code,
+            answer=answer,
+            lifetime=self.lifetimes.of_guard(attempt, code),
+            not_after=attempt.not_after,
+            method=attempt.method,
+            subject=attempt.subject,
+            on_behalf_of=attempt.on_behalf_of,
+            trace_id=attempt.trace_id,
+            key_hash=attempt.key_hash,
+            rows=rows,
+            events=events,
+        )
+
+    async def _send(
+        self, connection: psycopg.AsyncConnection[Any], decided: Sequence[Decided], wait: bool
+    ) -> list[Outcome]:
+        outcomes, now = await unhurried(
+            write(connection, [write for _, write in decided], wait=wait), WATCHDOG_SECONDS, connection
+        )
+        self._database.learn(now)
+        return outcomes  # type: ignore[no-any-return]
+
+    async def _settle_all(
+        self,
+        decided: Sequence[Decided],
+        outcomes: Sequence[Outcome],
+        wait: bool,
+        *,
+        unknown_until: float | None = None,
+    ) -> None:
+        """Settles each command by its outcome. `unknown_until`: the statement was sent before, and may be under way still."""
+        recorded: list[Decided] = []
+        under_way: list[Decided] = []
+        for pair, outcome in zip(decided, outcomes, strict=True):
+            attempt, write = pair
+            OUTCOMES.labels(outcome.value).inc()
+            if outcome is Outcome.WON:
+                self._won(attempt, write)
+            elif outcome in (Outcome.LOST, Outcome.EXPIRED):
+                recorded.append(pair)
+            elif outcome is Outcome.BUSY and unknown_until is not None:
+                under_way.append(pair)
+            else:
+                self._again(attempt)
+        if recorded:
+            await self._settle_recorded(recorded, outcomes=dict(zip((a for a, _ in decided), outcomes, strict=True)))
+        if under_way:
+            assert unknown_until is not None
+            await self._mend(under_way, OutcomeUnknown("under way"), wait, until=unknown_until)
+
+    async def _settle_recorded(self, pairs: Sequence[Decided], outcomes: dict[Attempt, Outcome]) -> None:
+        """The guards decide, read by a statement of its own: the one that met them saw an older snapshot."""
+        try:
+            async with self._database.reading() as connection:
+                guards = await read_guards(connection, [(attempt.tenant, attempt.scope) for attempt, _ in pairs])
+        except ServiceError:
+            for attempt, _ in pairs:
+                self._again(attempt)
+            return
+        for attempt, write in pairs:
+            guard = guards.get(attempt.scope)
+            if guard is None:
+                if outcomes[attempt] is Outcome.EXPIRED:
+                    self.give_up(attempt, _too_late())
+                else:
+                    self._again(attempt)
+            elif guard.command_id == attempt.command_id:
+                self._won(attempt, write)
+            else:
+                try:
+                    self.settle(attempt, self.replay(attempt, guard))
+                except ServiceError as error:
+                    self.give_up(attempt, error)
+
+    async def _mend(
+        self, decided: Sequence[Decided], error: Exception, wait: bool, *, until: float, collided: bool = False
+    ) -> None:
+        """A statement that was sent has failed: by cause, send it again whole, in halves, or its commands alone."""
+        if is_bad_data(error):
+            if len(decided) == 1:
+                self.give_up(decided[0][0], refusal(error))
+                return
+            middle = len(decided) // 2
+            for half in (decided[:middle], decided[middle:]):
+                await self._resend(half, wait, until=until, collided=collided, unknown=False)
+        elif is_collision(error) and not collided:
+            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - jitter
+            await self._resend(decided, wait, until=until, collided=True, unknown=False)
+        elif is_collision(error) or is_lock_timeout(error):
+            for attempt, _ in decided:
+                self._again(attempt, alone=True)
+        elif _time() > until:
+            for attempt, _ in decided:
+                self.leave_open(attempt)
+        else:
+            # The identical statement: a guard of our own command id will say that it was us.
+            log.warning("outcome unknown, sending again", commands=len(decided), error=str(error).strip())
+            for attempt, _ in decided:
+                attempt.unsure = True
+            await asyncio.sleep(RESEND_PAUSE)
+            await self._resend(decided, wait, until=until, collided=collided, unknown=True)
+
+    async def _resend(
+        self, decided: Sequence[Decided], wait: bool, *, until: float, collided: bool, unknown: bool
+    ) -> None:
+        try:
+            async with self._pool(wait).connection() as connection:
+                outcomes = await self._send(connection, decided, wait)
+        except (psycopg.Error, PoolTimeout, OutcomeUnknown, ValueError, OverflowError) as error:
+            await self._mend(decided, error, wait, until=until, collided=collided)
+        else:
+            await self._settle_all(decided, outcomes, wait, unknown_until=until if unknown else None)
+
+    # -- ends --
+
+    def _won(self, attempt: Attempt, write: Write) -> None:
+        for row in write.rows:
+            self._on_written(row)
+        self.finish(attempt, write.code, write.answer)
+
+    def finish(self, attempt: Attempt, code: int, body: bytes) -> Answer:
+        """Ends an attempt whose answer is committed with its guard."""
+        if attempt.key_hash is not None:
+            self._complete(attempt, attempt.fingerprint, code, body, self.lifetimes.of_guard(attempt, code))
+        answer = Answer(code, body)
+        self.settle(attempt, answer)
+        return answer
+
+    def _again(self, attempt: Attempt, *, alone: bool = False) -> None:
+        """Nothing was written because somebody else was at it: read again, the second time alone, at the end of the line."""
+        attempt.collisions += 1
+        attempt.look_at_guard = True
+        attempt.alone = attempt.alone or alone or attempt.collisions > 1
+        if attempt.remaining < MARGIN:
+            self._out_of_time(attempt, resource_busy())
+        else:
+            self._line_up(attempt)
+
+    def _out_of_time(self, attempt: Attempt, error: ServiceError) -> None:
+        if attempt.unsure:
+            self.leave_open(attempt)
+        else:
+            self.give_up(attempt, error)
+
+    def leave_open(self, attempt: Attempt) -> ServiceError:
+        """Ends an attempt of which nobody knows yet whether it was written. Its claim is kept: no other may run meanwhile."""
+        OUTCOMES.labels("unknown").inc()
+        error = Unavailable(
+            "OUTCOME_UNKNOWN",
+            "The database did not confirm the write. It may have happened; retry with the same idempotency key.",
+            retry_after=1.0,
+        )
+        self.settle(attempt, error)
+        return error
+
+    def give_up(self, attempt: Attempt, error: Exception) -> None:
+        """Ends an attempt that wrote nothing and never will: its claim is free again."""
+        if attempt.claim is not None:
+            self._idempotency.release(attempt.claim)
+        self.settle(attempt, error)
+
+    def settle(self, attempt: Attempt, result: Answer | Exception) -> None:
+        """Answers the caller and who waits with it; only a kept answer is theirs too."""
+        self._slots.give_back(attempt)
+        if self._owners.get(attempt.scope) is attempt:
+            del self._owners[attempt.scope]
+        if not attempt.result.done():
+            attempt.result.set_result(result)
+        kept = result if isinstance(result, Answer) else None
+        for follower in attempt.followers:
+            if not follower.done():
+                follower.set_result(kept)
+
+
+def _time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _key_reused() -> FailedPrecondition:
+    return FailedPrecondition(
+        "IDEMPOTENCY_KEY_REUSED", "This idempotency key was used with another request. Use a new key for a new request."
+    )
+
+
+def _in_progress(retry_after: float) -> Aborted:
+    return Aborted(
+        "IDEMPOTENCY_IN_PROGRESS",
+        "A call with this idempotency key is still under way. Retry with the same key.",
+        retry_after=max(retry_after, 0.1),
+    )
+
+
+def _gone() -> Cancelled:
+    return Cancelled("CANCELLED", "The caller went away.")
+
+
+def resource_busy() -> Aborted:
+    """Locks held by others until the caller's deadline."""
+    return Aborted("RESOURCE_BUSY", "The resource is being changed by others. Nothing was written.", retry_after=0.5)
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("DEADLINE_EXCEEDED", "The call's time was over before anything was written.")

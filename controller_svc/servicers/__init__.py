@@ -1,0 +1,1 @@
+"""Thin gRPC servicers, one file per service: convert, call core, convert."""

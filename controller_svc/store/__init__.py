@@ -1,0 +1,1 @@
+"""The stores that core asks for, on Postgres: all SQL, beside its row mapping."""

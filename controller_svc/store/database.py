@@ -1,0 +1,228 @@
+"""Postgres as this process sees it: pools, readiness, its clock, and the one place where driver errors get a meaning."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import structlog
+from psycopg import errors as pg
+from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+
+from controller_svc.store import arrays
+from controller_svc.store.migrate import MigrationError, migrate
+from svckit.errors import InvalidArgument, ResourceExhausted, ServiceError, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+log = structlog.get_logger(__name__)
+
+PING_SECONDS = 0.5
+CONNECT_SECONDS = 2
+STATEMENT_SECONDS = 4
+LOCK_MILLISECONDS = 250
+"""How long a statement that may wait (a command alone, a claim) waits for one lock."""
+
+_TRIPWIRE = "22012"
+"""Division by zero: the writing statement found itself inconsistent (store/write.py). A defect, not a caller's bad value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """The state of a dependency. `up` is None where it is switched off; `since` is the time of the last change."""
+
+    up: bool | None
+    detail: str
+    since: datetime
+
+
+class OutcomeUnknown(Exception):
+    """The connection was lost, or the commit not confirmed: what was sent may or may not have happened."""
+
+
+class Database:
+    """The pools of one process, opened and kept by a task of its own.
+
+    `reading()` is for single reads, `groups` carries the writes in groups (`lanes` and one connection kept for the statement that
+    is sent again), `waiting` the statements that may wait for locks. Each has its connections for itself, so none can starve
+    another.
+    """
+
+    def __init__(self, url: str, *, lanes: int, on_change: Callable[[bool], None] = lambda up: None) -> None:
+        self._url = url
+        self._on_change = on_change
+        self._component = Component(False, "not connected yet", datetime.now(UTC))
+        self._offset: float | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._reads = self._pool("reads", 4)
+        self.groups = self._pool("groups", lanes + 1)
+        self.waiting = self._pool("waiting", 4, lock_timeout=LOCK_MILLISECONDS)
+
+    # -- life --
+
+    async def open(self) -> None:
+        """Starts to connect, in the background. Never waits for Postgres and never raises because it is away."""
+        for pool in (self._reads, self.groups, self.waiting):
+            await pool.open(wait=False)
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        for pool in (self._reads, self.groups, self.waiting):
+            await pool.close(timeout=2)
+
+    @property
+    def ready(self) -> bool:
+        """True while Postgres answers and has our schema."""
+        return bool(self._component.up)
+
+    def component(self) -> Component:
+        """For StatusService."""
+        return self._component
+
+    def now(self) -> datetime:
+        """Postgres' clock: its last answer's time, carried on by this process's monotonic clock."""
+        if self._offset is None:
+            raise unavailable()
+        return datetime.fromtimestamp(time.monotonic() + self._offset, UTC)
+
+    def learn(self, told: datetime) -> None:
+        """Takes note of the time a statement returned."""
+        self._offset = told.timestamp() - time.monotonic()
+
+    # -- use --
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """A connection in autocommit mode for reads. Raises ServiceError for whatever the database refuses or fails at."""
+        if not self.ready:
+            raise unavailable()
+        try:
+            async with self._reads.connection() as connection:
+                yield connection
+        except (psycopg.Error, PoolTimeout, TooManyRequests) as error:
+            raise refusal(error) from error
+
+    async def _keep(self) -> None:
+        """Connects, migrates, and asks for the time twice a second; tells what changes."""
+        while True:
+            connected = False
+            try:
+                async with await psycopg.AsyncConnection.connect(
+                    self._url, autocommit=True, connect_timeout=CONNECT_SECONDS, prepare_threshold=None
+                ) as connection:
+                    applied = await migrate(connection)
+                    if applied:
+                        log.info("migrated", versions=applied)
+                    while True:
+                        async with asyncio.timeout(STATEMENT_SECONDS):
+                            row = await (await connection.execute("select clock_timestamp()")).fetchone()
+                        assert row is not None
+                        connected = True
+                        self.learn(row[0])
+                        self._tell(True, "connected")
+                        await asyncio.sleep(PING_SECONDS)
+            except (psycopg.Error, OSError, TimeoutError, MigrationError) as error:
+                if connected and not isinstance(error, TimeoutError):
+                    continue  # a connection may end while Postgres goes on; only a refused new one says that it is away
+                text = str(error).strip()
+                self._tell(False, text.splitlines()[0] if text else type(error).__name__)
+                await asyncio.sleep(PING_SECONDS)
+
+    def _tell(self, up: bool, detail: str) -> None:
+        if up == self._component.up:
+            return
+        self._component = Component(up, detail, datetime.now(UTC))
+        if up:
+            log.info("postgres up")
+        else:
+            log.warning("postgres away", detail=detail)
+        self._on_change(up)
+
+    def _pool(self, name: str, size: int, **settings: int) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
+        async def configure(connection: psycopg.AsyncConnection[Any]) -> None:
+            arrays.register(connection)
+            connection.prepare_threshold = 0
+            connection.prepared_max = 200
+            values = {
+                "statement_timeout": STATEMENT_SECONDS * 1000,
+                "idle_in_transaction_session_timeout": 10_000,
+                **settings,
+            }
+            for setting, value in values.items():
+                await connection.execute("select set_config(%s, %s, false)", (setting, str(value)))
+
+        return AsyncConnectionPool(
+            self._url,
+            name=name,
+            min_size=1,
+            max_size=size,
+            open=False,
+            timeout=1.0,
+            reconnect_timeout=1.0,
+            configure=configure,
+            kwargs={"autocommit": True, "connect_timeout": CONNECT_SECONDS, "application_name": f"controller_svc {name}"},
+        )
+
+
+def unavailable() -> Unavailable:
+    """Postgres is away, and nothing was written."""
+    return Unavailable("DATABASE_UNAVAILABLE", "The database is not reachable. Nothing was written; retry.", retry_after=1.0)
+
+
+def is_bad_data(error: BaseException) -> bool:
+    """One value of a group that the database, or the driver before it, refuses (SQLSTATE classes 22 and 23)."""
+    if isinstance(error, psycopg.Error):
+        state = error.sqlstate or ""
+        return state[:2] in ("22", "23") and state != _TRIPWIRE
+    return isinstance(error, (ValueError, UnicodeError, OverflowError))
+
+
+def is_collision(error: BaseException) -> bool:
+    """A deadlock or a serialization failure: the transaction was rolled back whole and may be run again."""
+    return isinstance(error, (pg.DeadlockDetected, pg.SerializationFailure))
+
+
+def is_lock_timeout(error: BaseException) -> bool:
+    """Somebody held the lock longer than this statement may wait. Nothing was written."""
+    return isinstance(error, pg.LockNotAvailable)
+
+
+def refusal(error: BaseException) -> ServiceError:
+    """What a caller is told about a driver's error where nothing was written."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, TooManyRequests):
+        return ResourceExhausted("DATABASE_BUSY", "Too many calls wait for the database.", retry_after=0.5)
+    if isinstance(error, (pg.QueryCanceled, PoolTimeout)):
+        return Unavailable("DATABASE_BUSY", "The database did not answer in time.", retry_after=0.5)
+    if is_bad_data(error):
+        log.error("value refused by the database", error=str(error))
+        return InvalidArgument("VALUE_REFUSED", "The database cannot store one of the request's values.")
+    return unavailable()
+
+
+async def unhurried(work: Awaitable[Any], seconds: float, connection: psycopg.AsyncConnection[Any]) -> Any:
+    """Runs a statement under a watchdog that closes the connection instead of cancelling the statement.
+
+    A cancel during COMMIT would make psycopg report success for what no standby has. Raises OutcomeUnknown after `seconds`.
+    """
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait({task}, timeout=seconds)
+    if done:
+        return task.result()
+    await connection.close()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    raise OutcomeUnknown("no answer in time")
+
+

@@ -1,0 +1,106 @@
+"""What the server does by itself: expiry, lost leases and tasks of ended sessions through the door; the purge beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from prometheus_client import Counter
+
+from controller_svc.core.mutations import system_actor
+from controller_svc.core.sessions import ChangeSession
+from controller_svc.core.tasks import CancelOrphan, LoseLease
+from controller_svc.store.guards import purge
+from svckit.errors import ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from controller_svc.core.mutations import Actor, Key, Mutation
+    from controller_svc.core.sessions import SessionMutations, SessionStore
+    from controller_svc.core.tasks import TaskMutations, TaskStore
+    from controller_svc.mutation import Door
+    from controller_svc.store.database import Database
+
+log = structlog.get_logger(__name__)
+
+BATCH = 100
+
+SWEPT = Counter("orchestrator_swept_total", "Rows the server changed or removed by itself, by sweep.", ["sweep"])
+
+
+class Sweepers:
+    """Safe beside other replicas: each command is decided again on the row as it is then, so what one swept is no change to the next."""
+
+    def __init__(
+        self,
+        database: Database,
+        door: Door,
+        sessions: SessionStore,
+        session_mutations: SessionMutations,
+        tasks: TaskStore,
+        task_mutations: TaskMutations,
+        *,
+        lease_seconds: float = 0.25,
+        orphan_seconds: float = 0.5,
+        expiry_seconds: float = 5.0,
+        purge_seconds: float = 10.0,
+    ) -> None:
+        """The `*_seconds` are the pauses between two sweeps that found nothing."""
+        self._database = database
+        self._door = door
+        self._sweeps: list[tuple[str, float, Callable[[], Awaitable[int]]]] = [
+            ("lost leases", lease_seconds, self._through_the_door(tasks.lost_leases, task_mutations.lose_lease, LoseLease)),
+            ("orphans", orphan_seconds, self._through_the_door(tasks.orphans, task_mutations.cancel_orphan, CancelOrphan)),
+            ("expiry", expiry_seconds, self._through_the_door(sessions.expirable, session_mutations.expire, ChangeSession)),
+            ("guards", purge_seconds, self._purge),
+        ]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Starts every sweep."""
+        self._tasks = [asyncio.create_task(self._repeat(*sweep)) for sweep in self._sweeps]
+
+    async def stop(self) -> None:
+        """Stops sweeping. Commands under way go on in the door."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _repeat(self, name: str, pause: float, sweep: Callable[[], Awaitable[int]]) -> None:
+        while True:
+            found = 0
+            if self._database.ready:
+                try:
+                    found = await sweep()
+                    SWEPT.labels(name).inc(found)
+                except ServiceError as error:
+                    log.warning("sweep failed", sweep=name, reason=error.reason)
+                except Exception:
+                    log.exception("sweep failed", sweep=name)
+            await asyncio.sleep(pause if found < BATCH else 0.01)
+
+    def _through_the_door(
+        self, find: Callable[[int], Awaitable[Sequence[Key]]], mutation: Mutation[Any], command: Callable[..., Any]
+    ) -> Callable[[], Awaitable[int]]:
+        async def sweep() -> int:
+            keys = await find(BATCH)
+            done = await asyncio.gather(*(self._apply(mutation, command, key) for key in keys))
+            return sum(done)
+
+        return sweep
+
+    async def _apply(self, mutation: Mutation[Any], command: Callable[..., Any], key: Key) -> bool:
+        """One row; one that fails is left for the next sweep and hinders no other."""
+        actor: Actor = system_actor(key.tenant)
+        try:
+            await self._door.apply(mutation, command(actor=actor, id=key.id), actor)
+        except ServiceError as error:
+            log.warning("not swept", method=mutation.method, id=str(key.id), reason=error.reason)
+            return False
+        return True
+
+    async def _purge(self) -> int:
+        async with self._database.reading() as connection:
+            return await purge(connection, BATCH * 5)
