@@ -1,0 +1,1 @@
+"""How to run the pair: on one machine, in containers, with an identity provider."""

@@ -1,0 +1,1 @@
+"""The local stack: Postgres, Valkey, a token issuer and both services as child processes."""

@@ -1,0 +1,223 @@
+"""What every test can ask for: real servers, a fresh database, tokens, keys, and the pair as processes.
+
+Servers start when a test first asks for one. Tests in tests/contract run once per engine (Postgres 18 and 15, Valkey 9
+and Redis 7), all others on the embedded ones. With DATABASE_URL or REDIS_URL set, everything runs on the server named
+there, in databases of the tests' own. With CI=true a skipped test is a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+import pytest
+import redis
+from psycopg import sql
+
+from deploy.local.issuer import Issuer, private_key, public_key_file
+from deploy.local.processes import ROOT, free_port
+from deploy.local.servers import Postgres, Valkey
+from tests.system.pair import Pair
+
+DEBIAN = ROOT / ".local" / "debian" / "bin"
+"""Where `make tools` unpacks Debian 12's Postgres 15 and Redis 7."""
+
+POSTGRES_ENGINES = {"postgres-18": None, "postgres-15": DEBIAN}
+REDIS_ENGINES = {"valkey-9": None, "redis-7": DEBIAN / "redis-server"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the contract suites on every engine, unless one was given."""
+    in_contract = (ROOT / "tests" / "contract") in metafunc.definition.path.parents
+    for fixture, variable, engines in (
+        ("postgres_engine", "DATABASE_URL", list(POSTGRES_ENGINES)),
+        ("redis_engine", "REDIS_URL", list(REDIS_ENGINES)),
+    ):
+        if fixture in metafunc.fixturenames and in_contract and not os.environ.get(variable):
+            metafunc.parametrize(fixture, engines, indirect=True, scope="session")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a CI run in which something was skipped."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or os.environ.get("CI") != "true":
+        return
+    skipped = len(reporter.stats.get("skipped", []))
+    if skipped:
+        reporter.write_line(f"\nCI=true: {skipped} skipped, which is a failure", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def postgres_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Postgres in which databases can be made: DATABASE_URL, or a server of this run's own."""
+    given = os.environ.get("DATABASE_URL")
+    if given:
+        yield given
+        return
+    engine: str = getattr(request, "param", "postgres-18")
+    binaries = POSTGRES_ENGINES[engine]
+    if binaries is not None and not binaries.exists():
+        pytest.skip(f"{engine} is not here: `make tools` gets it (on Debian 12)")
+    folder = tmp_path_factory.mktemp(engine)
+    server = Postgres(folder, port=free_port(), log=folder / "log", binaries=binaries, durable=False)
+    server.start()
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres_engine: str) -> Iterator[Callable[..., str]]:
+    """A function that makes a database and answers its URL: `new_database(migrated=True)`. It drops all at the end."""
+    prefix = f"orchestrator_test_{secrets.token_hex(4)}"
+    made: list[str] = []
+
+    with psycopg.connect(postgres_engine, autocommit=True) as connection:
+
+        def create(*, migrated: bool = True) -> str:
+            name = f"{prefix}_{len(made)}"
+            template = made[0] if migrated else "template0"
+            connection.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+            )
+            made.append(name)
+            parts = urlsplit(postgres_engine)
+            return f"{parts.scheme}://{parts.netloc}/{name}" + (f"?{parts.query}" if parts.query else "")
+
+        _migrate(create(migrated=False))
+        yield create
+        for name in made:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def database_url(new_database: Callable[..., str]) -> str:
+    """The URL of a fresh database at the newest schema, for one test."""
+    return new_database()
+
+
+@pytest.fixture
+def empty_database_url(new_database: Callable[..., str]) -> str:
+    """The URL of a fresh database with nothing in it, for one test."""
+    return new_database(migrated=False)
+
+
+@pytest.fixture(scope="session")
+def redis_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Redis database that is this run's own: an empty one on REDIS_URL's server, or a server's of ours."""
+    given = os.environ.get("REDIS_URL")
+    if given:
+        url = _empty_database_of(given)
+        yield url
+        _flush(url)
+        return
+    engine: str = getattr(request, "param", "valkey-9")
+    binary = REDIS_ENGINES[engine]
+    if binary is not None and not binary.exists():
+        pytest.skip(f"{engine} is not here: `make tools` gets it (on Debian 12)")
+    folder = tmp_path_factory.mktemp(engine)
+    server = Valkey(folder, port=free_port(), log=folder / "log", binary=binary)
+    server.start()
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+def redis_url(redis_engine: str) -> str:
+    """The URL of a Redis database that is empty when the test starts."""
+    _flush(redis_engine)
+    return redis_engine
+
+
+@pytest.fixture
+def own_postgres(tmp_path: Path) -> Iterator[Postgres]:
+    """A running Postgres for this test alone, to be stopped, started and signalled; its database is empty."""
+    server = Postgres(tmp_path / "own-postgres", port=free_port(), log=tmp_path / "own-postgres.log", durable=False)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
+    """A running Valkey for this test alone, to be stopped, started, signalled and configured."""
+    server = Valkey(tmp_path / "own-valkey", port=free_port(), log=tmp_path / "own-valkey.log")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Issuer]:
+    """An issuer that serves its key from a thread of this process: `.token(…)`, `.sign(…)` for what no issuer signs."""
+    serving = Issuer(tmp_path_factory.mktemp("issuer") / "key.pem", port=free_port())
+    serving.start()
+    yield serving
+    serving.stop()
+
+
+class ServiceKeys(NamedTuple):
+    """The PEM files of the controller's service identity."""
+
+    private: Path
+    public: Path
+
+
+@pytest.fixture(scope="session")
+def service_keys(tmp_path_factory: pytest.TempPathFactory) -> ServiceKeys:
+    """The key that the controller signs its service tokens with, and the public half that idempotency_svc is given."""
+    private = tmp_path_factory.mktemp("service") / "key.pem"
+    private_key(private)
+    return ServiceKeys(private, public_key_file(private))
+
+
+@pytest.fixture
+def pair(
+    database_url: str, redis_url: str, issuer: Issuer, service_keys: ServiceKeys, tmp_path: Path
+) -> Iterator[Pair]:
+    """Both services as running processes on a fresh database and an empty Redis."""
+    services = Pair(
+        database_url=database_url,
+        redis_url=redis_url,
+        issuer=issuer,
+        service_key=service_keys.private,
+        directory=tmp_path,
+    )
+    services.start()
+    yield services
+    services.stop()
+
+
+def _migrate(url: str) -> None:
+    from controller_svc.store.migrate import migrate
+
+    async def run() -> None:
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+            await migrate(connection)
+
+    asyncio.run(run())
+
+
+def _flush(url: str) -> None:
+    with redis.Redis.from_url(url) as connection:
+        connection.flushdb()
+
+
+def _empty_database_of(url: str) -> str:
+    """The URL of the last empty database of this server: nothing that is there already is touched."""
+    parts = urlsplit(url)
+    for number in range(15, -1, -1):
+        candidate = urlunsplit(parts._replace(path=f"/{number}"))
+        with redis.Redis.from_url(candidate) as connection:
+            try:
+                if connection.dbsize() == 0:
+                    return candidate
+            except redis.ResponseError:  # this server has fewer databases
+                continue
+    pytest.exit(f"REDIS_URL: no empty database at {parts.hostname}:{parts.port}, and tests empty the one they use", 2)

@@ -1,0 +1,334 @@
+"""The door on a real Postgres: one effect and one answer per key, whatever callers and connections do. No idempotency_svc here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from controller_svc.core.ids import new_id
+from controller_svc.core.mutations import Actor
+from controller_svc.core.sessions import ChangeSession, CreateSession, Session, SessionMutations, UpdateSession
+from controller_svc.idempotency import Idempotency
+from controller_svc.mutation import Door, Lifetimes
+from controller_svc.store.database import Database
+from orchestrator.controller.v1 import session_service_pb2 as pb
+from svckit.auth import Principal
+from svckit.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, ServiceError, StoredAnswer, Unavailable
+from svckit.interceptors import Admission, Call
+from svckit.options import policies
+from svckit.telemetry import new_trace
+
+ACTOR = Actor(issuer="i", tenant="t", subject="s", roles=frozenset({"finance"}), operate=False)
+PRINCIPAL = Principal(issuer="i", tenant="t", subject="s", roles=frozenset({"finance"}), permissions=frozenset())
+POLICIES = policies(pb.DESCRIPTOR.services_by_name["SessionService"], 16384)
+SERVICE = "/orchestrator.controller.v1.SessionService/"
+MUTATIONS = SessionMutations(timedelta(days=7))
+
+
+@dataclass
+class Client:
+    """Calls the door as a servicer does."""
+
+    door: Door
+    database: Database
+    url: str
+
+    async def create(self, key: str | None = None, *, seconds: float = 20, principal: Principal = PRINCIPAL, **data: Any) -> str:
+        """A CreateSession; answers the session's id."""
+        command = CreateSession(actor=ACTOR, id=new_id(), agent_role="finance", task_id=None, metadata=data)
+        request = pb.CreateSessionRequest(agent_role="finance")
+        request.metadata.update(data)
+        return await self._write(MUTATIONS.create, command, "CreateSession", request, key, seconds, principal)
+
+    async def move(self, verb: str, session_id: Any, key: str | None = None, *, seconds: float = 20, etag: str = "") -> str:
+        """A verb; answers state and version."""
+        command = ChangeSession(actor=ACTOR, id=session_id, etag=etag)
+        request = pb.ActivateSessionRequest(session_id=str(session_id), etag=etag)
+        return await self._write(getattr(MUTATIONS, verb.lower()), command, f"{verb}Session", request, key, seconds)
+
+    async def update(self, session_id: Any, key: str | None = None, *, etag: str = "", seconds: float = 20, **data: Any) -> str:
+        """An UpdateSession; answers state and version."""
+        command = UpdateSession(actor=ACTOR, id=session_id, etag=etag, paths=("metadata",), metadata=data, task_id=None)
+        request = pb.UpdateSessionRequest(session_id=str(session_id), etag=etag)
+        request.metadata.update(data)
+        return await self._write(MUTATIONS.update, command, "UpdateSession", request, key, seconds)
+
+    async def _write(
+        self, mutation: Any, command: Any, method: str, request: Any, key: str | None, seconds: float, principal: Principal = PRINCIPAL
+    ) -> str:
+        call = Call(
+            policy=POLICIES[SERVICE + method],
+            raw=b"",
+            metadata=() if key is None else (("idempotency-key", key),),
+            deadline=asyncio.get_running_loop().time() + seconds,
+            trace=new_trace(),
+            principal=principal,
+            admission=Admission(10_000, 10_000),
+            request=request,
+        )
+
+        def respond(session: Session) -> bytes:
+            return f"{session.id} {session.state} {session.version}".encode()
+
+        answer = (await self.door.write(mutation, command, call, respond)).decode()
+        return answer + (" replayed" if call.trailers else "")
+
+    async def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """What a stranger reads."""
+        async with await psycopg.AsyncConnection.connect(self.url, autocommit=True) as connection:
+            return await (await connection.execute(query)).fetchall()  # type: ignore[arg-type]
+
+    async def session(self) -> Any:
+        """The id of a new PENDING session."""
+        return UUID((await self.create()).split(" ")[0])
+
+
+@pytest.fixture
+async def client(database_url: str) -> AsyncIterator[Client]:
+    """A door on a fresh database."""
+    async with _client(database_url) as client:
+        yield client
+
+
+class _client:
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    async def __aenter__(self) -> Client:
+        self.database = Database(self.url, lanes=2)
+        await self.database.open()
+        async with asyncio.timeout(10):
+            while not self.database.ready:
+                await asyncio.sleep(0.01)
+        door = Door(self.database, Idempotency(None, ttl=86400), Lifetimes(ok=86400, error=600), lanes=2)
+        return Client(door, self.database, self.url)
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.database.close()
+
+
+async def settled(*calls: Any) -> list[Any]:
+    """Each call's answer, or its error."""
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def without_mark(answers: list[Any]) -> set[str]:
+    """The answers as the client compares them: the mark of a replay is a trailer."""
+    return {answer.removesuffix(" replayed") for answer in answers}
+
+
+async def test_same_key_same_answer_one_row(client: Client) -> None:
+    first = await client.create("k")
+    assert await client.create("k") == first + " replayed"
+    assert await client.create("other") != first
+    assert await client.create() != await client.create()
+    assert await client.rows("select count(*) from sessions") == [(4,)]
+    assert await client.rows("select count(*) from audit_events") == [(4,)]
+
+
+async def test_200_at_once_with_one_key(client: Client) -> None:
+    answers = await asyncio.gather(*(client.create("k") for _ in range(200)))
+    assert len(without_mark(answers)) == 1
+    assert sum(answer.endswith("replayed") for answer in answers) == 199
+    assert await client.rows("select count(*) from sessions") == [(1,)]
+
+
+async def test_another_body_another_principal_another_method(client: Client) -> None:
+    await client.create("k", a=1)
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition) as refused:
+            await client.create("k", a=2)
+        assert refused.value.reason == "IDEMPOTENCY_KEY_REUSED"
+    mine, theirs = await settled(client.create("racing", a=1), client.create("racing", a=2))
+    assert isinstance(theirs, FailedPrecondition) and isinstance(mine, str)
+    await client.create("k", principal=replace(PRINCIPAL, subject="another"))
+    session = await client.session()
+    assert await client.move("Activate", session, "k") == f"{session} ACTIVE 2"
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a b", "ü", "a\x00"])
+async def test_a_malformed_key_is_refused(client: Client, key: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        await client.create(key)
+    assert refused.value.reason == "IDEMPOTENCY_KEY_INVALID"
+    assert await client.rows("select count(*) from idempotency_guards") == [(0,)]
+
+
+async def test_a_refusal_by_state_is_kept_and_never_in_place_of_an_ok(client: Client) -> None:
+    session = await client.session()
+    for _ in range(2):
+        with pytest.raises(StoredAnswer) as refused:
+            await client.move("Pause", session, "early")
+        assert refused.value.code == 9
+    await client.move("Activate", session)
+    with pytest.raises(StoredAnswer):
+        await client.move("Pause", session, "early")
+    done = await client.move("Complete", session, "complete")
+    with pytest.raises(FailedPrecondition):
+        await client.move("Fail", session)
+    assert await client.move("Complete", session, "complete") == done + " replayed"
+
+
+async def test_an_etag_mismatch_is_not_kept_but_a_committed_ok_is_told_before_it(client: Client) -> None:
+    session = await client.session()
+    with pytest.raises(Aborted):
+        await client.update(session, "k", etag="2", a=1)
+    await client.move("Activate", session)
+    assert await client.update(session, "k", etag="2", a=1) == f"{session} ACTIVE 3"
+    assert await client.update(session, "k", etag="2", a=1) == f"{session} ACTIVE 3 replayed"
+
+
+async def test_a_keyless_refusal_and_a_keyless_no_change_write_nothing(client: Client) -> None:
+    session = await client.session()
+    before = await client.rows("select count(*) from idempotency_guards")
+    with pytest.raises(FailedPrecondition):
+        await client.move("Pause", session)
+    with pytest.raises(NotFound):
+        await client.move("Pause", new_id())
+    await client.move("Activate", session)
+    assert await client.move("Activate", session) == f"{session} ACTIVE 2"
+    assert await client.rows("select count(*) - 1 from idempotency_guards") == before
+
+
+async def test_many_changes_of_one_row_are_all_made_one_after_the_other(client: Client) -> None:
+    session = await client.session()
+    answers = await asyncio.gather(*(client.update(session, f"k{n}", **{f"k{n}": n}) for n in range(60)))
+    assert sorted(int(answer.split(" ")[2]) for answer in answers) == list(range(2, 62))
+    assert await client.rows("select version, (select count(*) from jsonb_object_keys(metadata)) from sessions") == [(61, 60)]
+
+
+async def test_two_processes_at_one_row_and_one_key(client: Client) -> None:
+    async with _client(client.url) as other:
+        session = await client.session()
+        answers = await asyncio.gather(
+            *(who.update(session, f"k{n}", **{f"k{n}": n}) for n in range(40) for who in (client, other))
+        )
+        assert len(without_mark(answers)) == 40
+        assert await client.rows("select version from sessions") == [(41,)]
+
+
+async def test_a_row_held_by_a_stranger_delays_only_its_own_callers(client: Client) -> None:
+    held, free = await client.session(), await client.session()
+    async with await psycopg.AsyncConnection.connect(client.url) as stranger:
+        await stranger.execute("select from sessions where id = %s for update", (held,))
+        waiting = [asyncio.create_task(client.update(held, f"h{n}", a=n)) for n in range(5)]
+        hopeless = asyncio.create_task(client.update(held, "hopeless", seconds=0.8, a=1))
+        for n in range(100):
+            await client.update(free, f"f{n}", a=n)
+            await client.create(f"c{n}")
+        assert not any(task.done() for task in waiting)
+        with pytest.raises(Aborted) as busy:
+            await hopeless
+        assert busy.value.reason == "RESOURCE_BUSY"
+    assert len(await asyncio.gather(*waiting)) == 5
+    assert await client.rows(f"select version from sessions where id = '{held}'") == [(6,)]
+
+
+async def test_one_poisonous_command_of_a_group_fails_alone(client: Client) -> None:
+    async with await psycopg.AsyncConnection.connect(client.url, autocommit=True) as connection:
+        await connection.execute("alter table sessions add constraint poison check (metadata ->> 'x' <> 'poison')")
+    answers = await settled(*(client.create(f"k{n}", x="poison" if n == 20 else "fine") for n in range(50)))
+    refused = [(n, answer) for n, answer in enumerate(answers) if isinstance(answer, Exception)]
+    assert [n for n, _ in refused] == [20]
+    assert isinstance(refused[0][1], InvalidArgument) and refused[0][1].reason == "VALUE_REFUSED"
+    assert await client.rows("select count(*) from sessions") == [(49,)]
+
+
+async def test_ended_backends_double_nothing(client: Client) -> None:
+    async with await psycopg.AsyncConnection.connect(client.url, autocommit=True) as killer:
+        answers: list[Any] = []
+        for round_ in range(8):
+            calls = asyncio.gather(
+                *(client.create(None if n % 4 == 0 else f"{round_}-{n}", n=n) for n in range(40)), return_exceptions=True
+            )
+            await asyncio.sleep(0.004 * round_ / 8)
+            await killer.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity"
+                " where datname = current_database() and application_name = 'controller_svc groups'"
+            )
+            answers += await calls
+    assert {type(answer) for answer in answers} <= {str, Unavailable}
+    told = [answer.split(" ")[0] for answer in answers if isinstance(answer, str)]
+    assert len(set(told)) == len(told)
+    ids = {str(row[0]) for row in await client.rows("select id from sessions")}
+    assert set(told) <= ids
+    assert await client.rows("select count(*) from audit_events") == [(len(ids),)]
+    assert len(ids) <= len(answers)
+
+
+async def test_a_caller_that_leaves_before_the_start_is_taken_out_and_after_it_its_answer_is_kept(client: Client) -> None:
+    session = await client.session()
+    async with await psycopg.AsyncConnection.connect(client.url) as stranger:
+        await stranger.execute("select from sessions where id = %s for update", (session,))
+        first = asyncio.create_task(client.update(session, "first", a=1))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(client.update(session, "second", a=2))
+        await asyncio.sleep(0.05)
+        second.cancel()
+        first.cancel()
+        await settled(first, second)
+    async with asyncio.timeout(10):
+        while await client.rows("select version from sessions") != [(2,)]:
+            await asyncio.sleep(0.05)
+    assert await client.update(session, "first", a=1) == f"{session} PENDING 2 replayed"
+    assert await client.update(session, "second", a=2) == f"{session} PENDING 3"
+
+
+async def test_the_followers_of_a_caller_that_leaves_go_on(client: Client) -> None:
+    session = await client.session()
+    async with await psycopg.AsyncConnection.connect(client.url) as stranger:
+        await stranger.execute("select from sessions where id = %s for update", (session,))
+        blocker = asyncio.create_task(client.update(session, "blocker", b=1))
+        await asyncio.sleep(0.1)
+        owner = asyncio.create_task(client.update(session, "k", a=1))
+        await asyncio.sleep(0.05)
+        followers = [asyncio.create_task(client.update(session, "k", a=1)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        owner.cancel()
+    answers = await asyncio.gather(*followers)
+    await blocker
+    assert without_mark(answers) == {f"{session} PENDING 3"}
+
+
+async def test_a_stopped_standby_makes_the_outcome_unknown_and_the_retry_settles_it(client: Client, own_admin: Callable[..., Any]) -> None:
+    """A COMMIT that waits for a standby answers nothing; nothing is cancelled, nothing doubled, and the key converges."""
+    await own_admin("alter system set synchronous_standby_names = 'ghost'")
+    try:
+        with pytest.raises(ServiceError) as unknown:
+            await client.create("k", seconds=29)
+        assert unknown.value.reason == "OUTCOME_UNKNOWN"
+    finally:
+        await own_admin("alter system reset synchronous_standby_names")
+    answer = await client.create("k", seconds=29)
+    assert answer.endswith("replayed")
+    assert await client.rows("select count(*) from sessions") == [(1,)]
+
+
+@pytest.fixture
+def own_admin(postgres_engine: str) -> Callable[..., Any]:
+    """Changes the server's settings."""
+
+    async def admin(statement: str) -> None:
+        async with await psycopg.AsyncConnection.connect(postgres_engine, autocommit=True) as connection:
+            await connection.execute(statement)  # type: ignore[call-overload]
+            await connection.execute("select pg_reload_conf()")
+            await asyncio.sleep(0.2)
+
+    return admin
+
+
+async def test_without_postgres_the_answer_is_unavailable_and_nothing_is_written(client: Client) -> None:
+    database = Database("postgresql://nobody@127.0.0.1:1/nothing", lanes=1)
+    await database.open()
+    door = Door(database, Idempotency(None, ttl=86400), Lifetimes(ok=86400, error=600), lanes=1)
+    with pytest.raises(Unavailable) as away:
+        await Client(door, database, "").create("k")
+    assert away.value.reason == "DATABASE_UNAVAILABLE"
+    await database.close()

@@ -1,0 +1,1 @@
+"""The load benchmark: what the pair does in a second, beside a bare echo and beside Postgres alone, in one table."""

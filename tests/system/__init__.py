@@ -1,0 +1,1 @@
+"""Tests that start the pair as processes, and kill them."""
