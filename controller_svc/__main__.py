@@ -37,7 +37,10 @@ from svckit.telemetry import configure_logging
 
 
 def main() -> None:
-    """Serves until a signal. Exits with 2 and one line per fault when the environment is wrong, with 1 when it cannot listen."""
+    """Serves until a signal.
+
+    Exits with 2 and one line per fault when the environment is wrong, with 1 when it cannot listen.
+    """
     settings = load(ControllerSettings)
     configure_logging(settings.log_level, "controller_svc")
     run(lambda: serve(settings), processes=settings.processes)
@@ -69,10 +72,17 @@ async def serve(settings: ControllerSettings) -> None:
         Lifetimes(settings.idempotency_ttl_seconds, settings.idempotency_error_ttl_seconds),
         lanes=settings.write_lanes,
         always_require_key=settings.idempotency_require_key == "all",
-        on_written=lambda row: claims.written(row),
+        on_written=lambda row: claims.written(row),  # noqa: PLW0108 - claims needs the door first
     )
     claims = Claims(database, door, task_mutations)
-    sweepers = Sweepers(database, door, sessions, session_mutations, tasks, task_mutations)
+    sweepers = Sweepers(
+        database,
+        door,
+        sessions=sessions,
+        session_mutations=session_mutations,
+        tasks=tasks,
+        task_mutations=task_mutations,
+    )
     pages = PageTokens(settings.page_token_key.get_secret_value().encode())
 
     for file, name, servicer in (

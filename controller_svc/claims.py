@@ -1,4 +1,4 @@
-"""ClaimTasks: tried at once, then, without a transaction or a claim held, at every sign of new tasks until the caller's wait is over."""
+"""ClaimTasks: tried at once, then at every sign of new tasks until the wait is over, with nothing held meanwhile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psycopg_pool import PoolTimeout
 
 from controller_svc.core.tasks import ReleaseTask, TaskState
 from controller_svc.mutation import MARGIN, RESEND_PAUSE, RESEND_SECONDS, Answer, Attempt, resource_busy
-from controller_svc.store.claims import Overtaken, TaskClaim, claim_tasks, claimable, recorded
+from controller_svc.store.claims import OvertakenError, TaskClaim, claim_tasks, claimable, recorded
 from controller_svc.store.database import is_collision, is_lock_timeout, refusal, unavailable
 from controller_svc.store.read import Guard
 from svckit.errors import ServiceError
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 1.0
-"""How often waiting roles are looked at, whatever wake-ups say: other processes route tasks too, and schedules come due."""
+"""How often waiting roles are looked at whatever wake-ups say: others route tasks too, and schedules come due."""
 
 
-class Empty(Exception):
+class NothingToClaimError(Exception):
     """Nothing to claim now."""
 
 
@@ -68,7 +68,9 @@ class Claims:
         if row.table == "tasks" and row.state == TaskState.PENDING:
             self._wake((row.tenant, row.target_role))  # type: ignore[attr-defined]
 
-    async def claim(self, command: ClaimTasks, call: Call, respond: Callable[[list[tuple[Task, UUID]]], bytes]) -> bytes:
+    async def claim(
+        self, command: ClaimTasks, call: Call, respond: Callable[[list[tuple[Task, UUID]]], bytes]
+    ) -> bytes:
         """The response's bytes, empty when the wait is over without a task. Raises ServiceError as Door.write does."""
         loop = asyncio.get_running_loop()
         until = loop.time() + min(command.wait_seconds, max(call.remaining() - MARGIN, 0.0))
@@ -81,7 +83,7 @@ class Claims:
             attempt = self._door.attempt(call)
             try:
                 given = await self._door.once(attempt, call, lambda attempt: self._take(attempt, command, answer))
-            except Empty:
+            except NothingToClaimError:
                 pass
             else:
                 self._wake(who)  # there may be more than this call took
@@ -174,21 +176,22 @@ class Claims:
                     async with self._database.waiting.connection() as connection:
                         sent = True
                         outcome = await claim_tasks(connection, claim, respond)
-                except (psycopg.Error, PoolTimeout, Overtaken) as error:
-                    if is_lock_timeout(error) or is_collision(error) or isinstance(error, Overtaken):
+                except (psycopg.Error, PoolTimeout, OvertakenError) as error:
+                    if is_lock_timeout(error) or is_collision(error) or isinstance(error, OvertakenError):
                         continue
                     if not sent or not isinstance(error, psycopg.OperationalError):
                         raise refusal(error) from error
-                    outcome = await self._settled(attempt)
-                    if outcome is None:
+                    guard = await self._settled(attempt)
+                    if guard is None:
                         continue
+                    outcome = guard
                 if isinstance(outcome, Guard):
                     answer = self._door.replay(attempt, outcome)
                     self._door.settle(attempt, answer)
                     return answer
                 tasks, body = outcome
                 if not tasks:
-                    raise Empty
+                    raise NothingToClaimError
                 taken.extend(tasks)
                 return self._door.finish(attempt, 0, body)
         except Exception as error:
@@ -197,7 +200,10 @@ class Claims:
             raise
 
     async def _settled(self, attempt: Attempt) -> Guard | None:
-        """After a lost connection: the guard if the claim was committed, None if it was not. Raises Unavailable OUTCOME_UNKNOWN."""
+        """After a lost connection: the guard if the claim was committed, None if it was not.
+
+        Raises Unavailable OUTCOME_UNKNOWN.
+        """
         loop = asyncio.get_running_loop()
         until = loop.time() + RESEND_SECONDS
         while True:

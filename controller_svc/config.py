@@ -16,7 +16,9 @@ class ControllerSettings(OidcSettings, ServiceKeySettings):
     controller_host: ListenHost = Field(default="127.0.0.1", description="Host to listen on.")
     controller_port: Port = Field(default=8088, description="Port to listen on. 0: any.")
     database_url: SecretStr = Field(description="Postgres, as a libpq URL or connection string.")
-    write_lanes: int = Field(default=2, ge=1, le=16, description="Groups of writes under way at once, a connection each.")
+    write_lanes: int = Field(
+        default=2, ge=1, le=16, description="Groups of writes under way at once, a connection each."
+    )
     page_token_key: SecretStr = Field(
         description="Signs page tokens: at least 32 characters, the same on all replicas and across restarts."
     )
@@ -44,10 +46,12 @@ class ControllerSettings(OidcSettings, ServiceKeySettings):
         description="How long at most error answers are replayed; at least twice the longest attempt.",
     )
     idempotency_require_key: Literal["method", "all"] = Field(
-        default="method", description="Which guarded methods need an idempotency key: those whose proto says so, or all."
+        default="method",
+        description="Which guarded methods need an idempotency key: those whose proto says so, or all.",
     )
     service_key_file: FilePath | None = Field(
-        default=None, description="PEM private key that signs this service's tokens; required unless IDEMPOTENCY_ENABLED=false."
+        default=None,
+        description="PEM private key that signs this service's tokens; required unless IDEMPOTENCY_ENABLED=false.",
     )
 
     @field_validator("page_token_key")

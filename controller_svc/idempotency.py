@@ -1,4 +1,4 @@
-"""The fast path of idempotency: a call's key, scope and fingerprint; claims and completions, in groups, behind a breaker."""
+"""The fast path of idempotency: keys, scopes and fingerprints; claims and completions in groups, behind a breaker."""
 
 from __future__ import annotations
 
@@ -41,12 +41,19 @@ MAX_PENDING = 10_000
 """Completions and releases that may wait. Past it they are dropped: the guard in Postgres answers instead."""
 
 CLAIMS = Counter("orchestrator_claims_total", "Claims, by outcome.", ["outcome"])
-DROPPED = Counter("orchestrator_completions_dropped_total", "Completions and releases given up: the guard repairs them later.")
-DEGRADED = Gauge("orchestrator_idempotency_degraded", "1 while calls go without claims, because idempotency_svc or Redis is away.")
+DROPPED = Counter(
+    "orchestrator_completions_dropped_total", "Completions and releases given up: the guard repairs them later."
+)
+DEGRADED = Gauge(
+    "orchestrator_idempotency_degraded", "1 while calls go without claims, because idempotency_svc or Redis is away."
+)
 
 
 def idempotency_key(values: Sequence[str]) -> str | None:
-    """The call's key, None if it has none. Raises InvalidArgument unless it is one value of 1..255 visible ASCII characters."""
+    """The call's key, None if it has none.
+
+    Raises InvalidArgument unless it is one value of 1..255 visible ASCII characters.
+    """
     if not values:
         return None
     key = values[0]
@@ -69,7 +76,7 @@ def scope_of(*parts: str) -> bytes:
 
 
 def fingerprint_of(request: Message) -> bytes:
-    """Kind 1: SHA-256 of the request's deterministic serialisation (equal for clients that order map entries differently).
+    """Kind 1: SHA-256 of the request's deterministic serialisation, in which the order of map entries is no matter.
 
     Without the fields that the proto marks `fingerprint_exclude`: a retry may change them.
     """
@@ -98,7 +105,9 @@ class Claim:
     lease: float
     """Seconds the owner may take."""
     nonce: bytes = field(default_factory=lambda: os.urandom(16))
-    answered: asyncio.Future[pb.ClaimOutcome | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    answered: asyncio.Future[pb.ClaimOutcome | None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class Idempotency:
@@ -128,7 +137,7 @@ class Idempotency:
         self._claims.put(claim)
         return await claim.answered
 
-    def complete(self, scope: bytes, fingerprint: bytes, nonce: bytes, code: int, answer: bytes, ttl: float) -> None:
+    def complete(self, scope: bytes, nonce: bytes, *, fingerprint: bytes, code: int, answer: bytes, ttl: float) -> None:
         """Tells, off the caller's path, the answer that Postgres keeps for the scope (a durable Complete)."""
         if ttl < 1:
             return

@@ -2,8 +2,8 @@
 
     key → claim → read → decide → write → answer → complete
 
-Concurrent calls share the steps (svckit.groups). What may go wrong on the way, and what is done about it, stands beside each step;
-store/write.py says what the one statement relies on.
+Concurrent calls share the steps (svckit.groups). What may go wrong on the way, and what is done about it, stands beside
+each step; store/write.py says what the one statement relies on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from psycopg_pool import PoolTimeout
 from controller_svc.idempotency import KEY_HEADER, Claim, fingerprint_of, idempotency_key, scope_of
 from controller_svc.store.database import (
     STATEMENT_SECONDS,
-    OutcomeUnknown,
+    OutcomeUnknownError,
     is_bad_data,
     is_collision,
     is_lock_timeout,
@@ -50,6 +50,7 @@ from svckit.statuses import STORED_CODES, code_of, status_of
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from controller_svc.core.audit import AuditEvent
     from controller_svc.core.mutations import Actor, Key, Lookup, Mutation, Row
     from controller_svc.idempotency import Idempotency
     from controller_svc.store.database import Database
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 LONGEST_ATTEMPT = 60.0
-"""Seconds within which every attempt has ended: a unary call's 30 s, and what it may take to settle an unknown outcome."""
+"""Seconds within which every attempt has ended: a call's 30 s, and what an unknown outcome may take to settle."""
 KEYLESS_LIFE = timedelta(seconds=2 * LONGEST_ATTEMPT)
 """The guard of a call without a key serves only to settle an unknown outcome."""
 WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
@@ -111,11 +112,14 @@ class Attempt:
     unsure: bool = False
     """Sent once without an answer, and no guard looked for since."""
     collisions: int = 0
-    result: asyncio.Future[Answer | Exception] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    result: asyncio.Future[Answer | Exception] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
     followers: list[asyncio.Future[Answer | None]] = field(default_factory=list)
 
     @property
     def remaining(self) -> float:
+        """Seconds until the deadline."""
         return self.deadline - asyncio.get_running_loop().time()
 
 
@@ -138,7 +142,7 @@ class Lifetimes:
         return timedelta(seconds=self.error if code else max(48 * 3600.0, self.ok + 24 * 3600.0))
 
     def of_record(self, code: int, guard_left: timedelta) -> float:
-        """At most the guard's remaining life less one longest attempt: Redis never answers what Postgres has forgotten."""
+        """Less than the guard's remaining life: Redis never answers what Postgres has forgotten."""
         return min(self.error if code else self.ok, guard_left.total_seconds() - LONGEST_ATTEMPT)
 
 
@@ -167,10 +171,10 @@ class Door:
         self._alone: Groups[Attempt] = Groups("alone", self._in_turn, self.settle, max_size=1, lanes=4)
 
     async def write(self, mutation: Mutation[Any], command: Any, call: Call, respond: Callable[[Any], bytes]) -> bytes:
-        """Runs a command for a caller. Returns the response's bytes; a replay is marked by trailer `idempotency-replayed`.
+        """Runs a command for a caller; returns the response's bytes, a replay marked by trailer `idempotency-replayed`.
 
-        Raises ServiceError: the mutation's refusal, one of the key's reasons (IDEMPOTENCY_*), RESOURCE_BUSY, OUTCOME_UNKNOWN or
-        DATABASE_UNAVAILABLE.
+        Raises ServiceError: the mutation's refusal, one of the key's reasons (IDEMPOTENCY_*), RESOURCE_BUSY,
+        OUTCOME_UNKNOWN or DATABASE_UNAVAILABLE.
         """
         attempt = self.attempt(call)
         attempt.mutation, attempt.command, attempt.respond = mutation, command, respond
@@ -203,7 +207,10 @@ class Door:
     # -- key --
 
     def attempt(self, call: Call) -> Attempt:
-        """A new attempt at a call, with its key's scope and fingerprint. Raises InvalidArgument for a bad or missing key."""
+        """A new attempt at a call, with its key's scope and fingerprint.
+
+        Raises InvalidArgument for a bad or missing key.
+        """
         principal = call.principal
         method = call.policy.full_method
         key = idempotency_key(call.values(KEY_HEADER))
@@ -243,8 +250,8 @@ class Door:
     async def once(self, attempt: Attempt, call: Call, work: Callable[[Attempt], Awaitable[Answer]]) -> Answer:
         """Has `work` done by one owner per key, here and elsewhere; the others are given its answer.
 
-        `work` settles the attempt, by `finish` or `give_up`, whatever becomes of its caller. In this process the others wait for the
-        owner, and one of them takes over if it has no answer.
+        `work` settles the attempt, by `finish` or `give_up`, whatever becomes of its caller. In this process the others
+        wait for the owner, and one of them takes over if it has no answer.
         """
         if attempt.key_hash is None:
             return await work(attempt)
@@ -278,9 +285,10 @@ class Door:
     # -- claim --
 
     async def _claim(self, attempt: Attempt, call: Call) -> Answer | None:
-        """Claims the key at idempotency_svc. An answer is a replay; None means: go on, the key is ours, or Postgres decides.
+        """Claims the key at idempotency_svc. An answer is a replay; None: go on, the key is ours or Postgres decides.
 
-        Raises FailedPrecondition IDEMPOTENCY_KEY_REUSED, or Aborted IDEMPOTENCY_IN_PROGRESS when the owner has not answered in time.
+        Raises FailedPrecondition IDEMPOTENCY_KEY_REUSED, or Aborted IDEMPOTENCY_IN_PROGRESS when the owner has not
+        answered in time.
         """
         pause = FIRST_LOOK
         while True:
@@ -322,7 +330,9 @@ class Door:
         """The guard's answer, given to Redis too. Raises FailedPrecondition when it is of another request."""
         mine = guard.command_id == attempt.command_id
         if attempt.key_hash is not None:
-            self._complete(attempt, guard.fingerprint, guard.code, guard.answer, guard.expire_time - self._database.now())
+            self._complete(
+                attempt, guard.fingerprint, guard.code, guard.answer, guard.expire_time - self._database.now()
+            )
         if not mine and guard.fingerprint != attempt.fingerprint:
             raise _key_reused()
         return Answer(guard.code, guard.answer, replayed=not mine)
@@ -330,13 +340,21 @@ class Door:
     def _complete(self, attempt: Attempt, fingerprint: bytes, code: int, answer: bytes, guard_left: timedelta) -> None:
         nonce = attempt.claim.nonce if attempt.claim is not None else os.urandom(16)
         self._idempotency.complete(
-            attempt.scope, fingerprint, nonce, code, answer, self.lifetimes.of_record(code, guard_left)
+            attempt.scope,
+            nonce,
+            fingerprint=fingerprint,
+            code=code,
+            answer=answer,
+            ttl=self.lifetimes.of_record(code, guard_left),
         )
 
     # -- read, decide, write --
 
     async def _decided(self, attempt: Attempt) -> Answer:
-        """Waits for the attempt's slots, a group and its outcome. A caller that leaves before the start takes it along."""
+        """Waits for the attempt's slots, a group and its outcome.
+
+        A caller that leaves before the start takes it along.
+        """
         if not self._database.ready:
             self.give_up(attempt, unavailable())
             raise unavailable()
@@ -344,7 +362,9 @@ class Door:
         keys = attempt.mutation.reads(attempt.command, {})
         overdue = None
         if not self._slots.take(attempt, (attempt.scope, *keys.change), self._line_up):
-            overdue = asyncio.get_running_loop().call_at(attempt.deadline - MARGIN, self._leave, attempt, resource_busy())
+            overdue = asyncio.get_running_loop().call_at(
+                attempt.deadline - MARGIN, self._leave, attempt, resource_busy()
+            )
         try:
             result = await attempt.result
         except asyncio.CancelledError:
@@ -390,7 +410,7 @@ class Door:
                     if not decided:
                         return
                     outcomes = await self._send(connection, decided, wait)
-            except (psycopg.Error, PoolTimeout, OutcomeUnknown, ValueError, OverflowError) as error:
+            except (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError) as error:
                 if decided is not None:
                     await self._mend(decided, error, wait, until=_time() + RESEND_SECONDS)
                     return
@@ -421,7 +441,8 @@ class Door:
             if not missing:
                 break
             found.update(await read_rows(connection, missing))
-        # Guards after rows: whoever changed a row we saw has a guard we see. Creates read nothing, their guard is met in writing.
+        # Guards after rows: whoever changed a row we saw has a guard we see. Creates read nothing, their guard is met
+        # in writing.
         looked = [a for a in attempts if a.look_at_guard or (a.key_hash is not None and a in reads_rows)]
         guards = await read_guards(connection, [(a.tenant, a.scope) for a in looked]) if looked else {}
 
@@ -447,7 +468,9 @@ class Door:
 
     def _decide_one(self, attempt: Attempt, found: dict[Key | Lookup, Any]) -> Write:
         """The mutation's decision, or its refusal where that is kept as an answer. Raises any other refusal."""
-        code, rows, events = 0, (), ()
+        code = 0
+        rows: tuple[Row, ...] = ()
+        events: tuple[AuditEvent, ...] = ()
         try:
             decision = attempt.mutation.decide(attempt.command, found, self._database.now())
             rows, events = decision.rows, decision.events
@@ -492,7 +515,10 @@ class Door:
         *,
         unknown_until: float | None = None,
     ) -> None:
-        """Settles each command by its outcome. `unknown_until`: the statement was sent before, and may be under way still."""
+        """Settles each command by its outcome.
+
+        `unknown_until`: the statement was sent before, and may be under way still.
+        """
         recorded: list[Decided] = []
         under_way: list[Decided] = []
         for pair, outcome in zip(decided, outcomes, strict=True):
@@ -510,7 +536,7 @@ class Door:
             await self._settle_recorded(recorded, outcomes=dict(zip((a for a, _ in decided), outcomes, strict=True)))
         if under_way:
             assert unknown_until is not None
-            await self._mend(under_way, OutcomeUnknown("under way"), wait, until=unknown_until)
+            await self._mend(under_way, OutcomeUnknownError("under way"), wait, until=unknown_until)
 
     async def _settle_recorded(self, pairs: Sequence[Decided], outcomes: dict[Attempt, Outcome]) -> None:
         """The guards decide, read by a statement of its own: the one that met them saw an older snapshot."""
@@ -521,7 +547,7 @@ class Door:
             for attempt, _ in pairs:
                 self._again(attempt)
             return
-        for attempt, write in pairs:
+        for attempt, wanted in pairs:
             guard = guards.get(attempt.scope)
             if guard is None:
                 if outcomes[attempt] is Outcome.EXPIRED:
@@ -529,7 +555,7 @@ class Door:
                 else:
                     self._again(attempt)
             elif guard.command_id == attempt.command_id:
-                self._won(attempt, write)
+                self._won(attempt, wanted)
             else:
                 try:
                     self.settle(attempt, self.replay(attempt, guard))
@@ -570,7 +596,7 @@ class Door:
         try:
             async with self._pool(wait).connection() as connection:
                 outcomes = await self._send(connection, decided, wait)
-        except (psycopg.Error, PoolTimeout, OutcomeUnknown, ValueError, OverflowError) as error:
+        except (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError) as error:
             await self._mend(decided, error, wait, until=until, collided=collided)
         else:
             await self._settle_all(decided, outcomes, wait, unknown_until=until if unknown else None)
@@ -591,7 +617,7 @@ class Door:
         return answer
 
     def _again(self, attempt: Attempt, *, alone: bool = False) -> None:
-        """Nothing was written because somebody else was at it: read again, the second time alone, at the end of the line."""
+        """Nothing was written because somebody else was at it: read again; the second time alone, last in line."""
         attempt.collisions += 1
         attempt.look_at_guard = True
         attempt.alone = attempt.alone or alone or attempt.collisions > 1
@@ -607,7 +633,10 @@ class Door:
             self.give_up(attempt, error)
 
     def leave_open(self, attempt: Attempt) -> ServiceError:
-        """Ends an attempt of which nobody knows yet whether it was written. Its claim is kept: no other may run meanwhile."""
+        """Ends an attempt of which nobody knows yet whether it was written.
+
+        Its claim is kept: no other may run meanwhile.
+        """
         OUTCOMES.labels("unknown").inc()
         error = Unavailable(
             "OUTCOME_UNKNOWN",

@@ -1,4 +1,4 @@
-"""What the server does by itself: expiry, lost leases and tasks of ended sessions through the door; the purge beside it."""
+"""What the server does by itself: sessions and leases expire, ended sessions' tasks end, guards are purged."""
 
 from __future__ import annotations
 
@@ -26,35 +26,47 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 BATCH = 100
+LEASE_SECONDS = 0.25
+ORPHAN_SECONDS = 0.5
+EXPIRY_SECONDS = 5.0
+PURGE_SECONDS = 10.0
+"""Pauses between two sweeps that found nothing more."""
 
 SWEPT = Counter("orchestrator_swept_total", "Rows the server changed or removed by itself, by sweep.", ["sweep"])
 
 
 class Sweepers:
-    """Safe beside other replicas: each command is decided again on the row as it is then, so what one swept is no change to the next."""
+    """Safe beside other replicas: each command is decided on the row as it is then, so what one swept no other does."""
 
     def __init__(
         self,
         database: Database,
         door: Door,
+        *,
         sessions: SessionStore,
         session_mutations: SessionMutations,
         tasks: TaskStore,
         task_mutations: TaskMutations,
-        *,
-        lease_seconds: float = 0.25,
-        orphan_seconds: float = 0.5,
-        expiry_seconds: float = 5.0,
-        purge_seconds: float = 10.0,
     ) -> None:
-        """The `*_seconds` are the pauses between two sweeps that found nothing."""
         self._database = database
         self._door = door
         self._sweeps: list[tuple[str, float, Callable[[], Awaitable[int]]]] = [
-            ("lost leases", lease_seconds, self._through_the_door(tasks.lost_leases, task_mutations.lose_lease, LoseLease)),
-            ("orphans", orphan_seconds, self._through_the_door(tasks.orphans, task_mutations.cancel_orphan, CancelOrphan)),
-            ("expiry", expiry_seconds, self._through_the_door(sessions.expirable, session_mutations.expire, ChangeSession)),
-            ("guards", purge_seconds, self._purge),
+            (
+                "lost leases",
+                LEASE_SECONDS,
+                self._through_the_door(tasks.lost_leases, task_mutations.lose_lease, LoseLease),
+            ),
+            (
+                "orphans",
+                ORPHAN_SECONDS,
+                self._through_the_door(tasks.orphans, task_mutations.cancel_orphan, CancelOrphan),
+            ),
+            (
+                "expiry",
+                EXPIRY_SECONDS,
+                self._through_the_door(sessions.expirable, session_mutations.expire, ChangeSession),
+            ),
+            ("guards", PURGE_SECONDS, self._purge),
         ]
         self._tasks: list[asyncio.Task[None]] = []
 

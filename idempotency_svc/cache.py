@@ -188,7 +188,7 @@ _EVICTED = Gauge("orchestrator_redis_evicted_keys", "Keys that Redis evicted sin
 
 _PROBE_UP_SECONDS = 1.0
 _PROBE_DOWN_SECONDS = 0.2
-_PROBE_KEY = "idem:1:probe"
+_PROBE_KEY = "idem:probe"
 _CONNECTIONS = 32
 _LARGEST_REPLY = 3 << 20
 
@@ -235,7 +235,7 @@ class RedisCache:
     """Cache on one Redis (7.0 or later, or Valkey), named by a redis://, rediss:// or unix:// URL.
 
     Redis is away when it cannot be reached, refuses writes, or may evict records. Calls then fail at once, without
-    asking it, until a probe finds it back. `on_ready` is told each change of `ready`, which is false until `start`.
+    asking it, until a probe finds it back. `on_ready` is told when that changes; before `start` it is away.
     `timeout`: seconds for one exchange with Redis, connecting included.
     """
 
@@ -251,6 +251,7 @@ class RedisCache:
         self._idle: list[AbstractConnection] = []
         self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._away: str | None = "starting"
+        self._told = False
         self._look = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
         self._policy_hidden = False
@@ -272,7 +273,8 @@ class RedisCache:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watcher
-        await self._set_away("stopped", "this process is ending")
+        self._away = "stopped"
+        await self._close_idle()
 
     async def claim(self, items: Sequence[ClaimItem]) -> list[ClaimOutcome]:
         """As Cache.claim."""
@@ -343,7 +345,7 @@ class RedisCache:
                 if cause == _DEFECT:
                     _log.error("redis_call_failed", error=str(error))
                 else:
-                    await self._set_away(cause, str(error))
+                    self._set_away(cause, str(error))
                     self._look.set()
                 raise _unavailable(cause) from error
             script.seconds.observe(time.perf_counter() - started)
@@ -400,7 +402,7 @@ class RedisCache:
             await self._probe()
 
     async def _probe(self) -> None:
-        """Finds out whether Redis is to be used."""
+        """Finds out whether Redis is to be used, and says so if that has changed."""
         connection = self._connection()
         try:
             async with asyncio.timeout(self._timeout):
@@ -413,14 +415,21 @@ class RedisCache:
         except Exception as error:
             cause = _cause(error)
             _ERRORS.labels(cause).inc()
-            await self._set_away(cause, repr(error))
+            self._set_away(cause, repr(error))
         else:
-            if policy == "noeviction":
-                await self._set_ready()
-            else:
-                await self._set_away("eviction", f"maxmemory-policy is {policy}, it must be noeviction")
+            if policy != "noeviction":
+                self._set_away("eviction", f"maxmemory-policy is {policy}, it must be noeviction")
+            elif not self.ready:
+                await self._close_idle()
+                self._set_ready()
         finally:
             await connection.disconnect(nowait=True)
+        if not self.ready:
+            await self._close_idle()
+        if self._told != self.ready:
+            self._told = self.ready
+            if self._on_ready is not None:
+                await self._on_ready(self._told)
 
     async def _look_at_evictions(self, connection: AbstractConnection) -> str:
         """The eviction policy; noeviction when Redis hides it. From INFO, because hosted servers forbid CONFIG."""
@@ -435,26 +444,16 @@ class RedisCache:
         _EVICTED.set(int(facts.get(b"evicted_keys", 0)))
         return facts.get(b"maxmemory_policy", b"unknown").decode()
 
-    async def _set_ready(self) -> None:
-        if self._away is not None:
-            self._away = None
-            _UP.set(1)
-            _log.info("redis_ready")
-            await self._tell(True)
+    def _set_ready(self) -> None:
+        self._away = None
+        _UP.set(1)
+        _log.info("redis_ready")
 
-    async def _set_away(self, cause: str, detail: str) -> None:
-        was_ready, changed = self.ready, cause != self._away
-        self._away = cause
-        if changed:
+    def _set_away(self, cause: str, detail: str) -> None:
+        if cause != self._away:
+            self._away = cause
             _UP.set(0)
             _log.warning("redis_away", cause=cause, detail=detail)
-        if was_ready:
-            await self._tell(False)
-        await self._close_idle()
-
-    async def _tell(self, ready: bool) -> None:
-        if self._on_ready is not None:
-            await self._on_ready(ready)
 
     async def _close_idle(self) -> None:
         while self._idle:

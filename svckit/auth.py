@@ -41,6 +41,8 @@ MAX_LIFETIME_SECONDS = 86400
 MAX_TOKEN_BYTES = 8192
 MAX_CACHED_TOKENS = 10000
 
+# The decoders of libraries forgive padding and foreign characters; one token shall have one form.
+_COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 
 
@@ -182,6 +184,8 @@ class TokenVerifier:
             raise errors.Unauthenticated("TOKEN_MISSING", _TEXT)
         if len(token) > MAX_TOKEN_BYTES:
             raise _invalid("larger than 8 KiB")
+        if not _COMPACT.fullmatch(token):
+            raise _invalid("not a compact JWS")
         header = self._read(lambda: self._jws.get_unverified_header(token))
         algorithm = header.get("alg")
         if algorithm not in ALGORITHMS:

@@ -27,11 +27,11 @@ GROUP_SIZE = Histogram(
 class Groups(Generic[T]):
     """Runs what is waiting in groups, at most `lanes` at a time; while they are on their way the next group forms.
 
-    `work(group)` settles each item by itself. What it raises is handed to `failed(item, error)` for every item of the group, so
-    that no item can stop the queue. Nothing cancels a running group.
+    `work(group)` settles each item by itself. What it raises is handed to `failed(item, error)` for every item of the
+    group, so that no item can stop the queue. Nothing cancels a running group.
 
-    A lone item goes at once. When the last group had company, the next one waits up to `gather` seconds for as many again:
-    callers answered together come back together.
+    A lone item goes at once. When the last group had company, the next one waits up to `gather` seconds for as many
+    again: callers answered together come back together.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Groups(Generic[T]):
 
     async def drained(self) -> None:
         """Returns when nothing waits and nothing runs."""
-        while self._waiting or self._running:
+        while self._waiting or self._running:  # noqa: ASYNC110 - once, at the end; an event would cost at every group
             await asyncio.sleep(0.01)
 
     def _schedule(self) -> None:
-        """Sees to it that a group starts: in the next turn of the loop (what arrives in this one joins), or after `gather`."""
+        """Sees to it that a group starts: in the loop's next turn (what comes in this one joins), or after `gather`."""
         loop = asyncio.get_running_loop()
-        enough = min(self._last_size, self._max_size)
+        enough = 1 if self._last_size == 1 else self._max_size
         if enough == 1 or len(self._waiting) >= enough:
             if not self._launching:
                 self._launching = True
@@ -120,7 +120,10 @@ class Groups(Generic[T]):
 
 
 class Slots(Generic[T]):
-    """One item at a time per key. An item takes the slots of all its keys together, or waits for them in order of arrival."""
+    """One item at a time per key.
+
+    An item takes the slots of all its keys together, or waits for them in order of arrival.
+    """
 
     def __init__(self) -> None:
         self._queues: dict[Hashable, deque[T]] = {}
@@ -128,7 +131,10 @@ class Slots(Generic[T]):
         self._missing: dict[T, int] = {}
 
     def take(self, item: T, keys: Iterable[Hashable], ready: Callable[[T], None]) -> bool:
-        """Queues the item at all its keys; `ready(item)` is called once it is first at each of them. True if that was at once."""
+        """Queues the item at all its keys; `ready(item)` is called once it is first at each of them.
+
+        True if that was at once.
+        """
         distinct = tuple(dict.fromkeys(keys))
         missing = 0
         for key in distinct:

@@ -190,12 +190,20 @@ class Chain(grpc.aio.ServerInterceptor):
     # --- composition --------------------------------------------------------------------------------------------------
 
     def _compose(
-        self, policy: Policy, parse: Callable[[bytes], Any] | None, servicer: Step, *, stream: bool = False
+        self,
+        policy: Policy,
+        parse: Callable[[bytes], Any] | None,
+        servicer: Step,
+        *,
+        stream: bool = False,
+        counted: bool = True,
     ) -> Callable[[Any, Context], Awaitable[Any]]:
+        """The behaviour gRPC calls. counted: false for what must be answered by a full server too, as health."""
+        admission = self._admission_of_stream if stream else self._admission
         layers: dict[str, Callable[[Step], Any]] = {
             "telemetry": lambda inner: self._telemetry(policy, inner),
             "errors": _errors,
-            "admission": self._admission_of_stream if stream else self._admission,
+            "admission": lambda inner: admission(inner) if counted else inner,
             "auth": lambda inner: self._auth(policy.permission, inner) if policy.permission else inner,
             "parse": lambda inner: _parse(policy.max_request_bytes, parse, inner) if parse else inner,
             "servicer": lambda inner: inner,
@@ -222,7 +230,7 @@ class Chain(grpc.aio.ServerInterceptor):
             except NotImplementedError:
                 raise _unknown() from None
 
-        behaviour = self._compose(policy, parse, servicer)
+        behaviour = self._compose(policy, parse, servicer, counted=False)
         return grpc.unary_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
 
     def _compose_unknown(self) -> grpc.RpcMethodHandler[Any, Any]:

@@ -280,7 +280,11 @@ def _supervise(processes: int) -> int:
         for index in range(processes)
     ]
 
+    stopping = False
+
     def stop(_number: int, _frame: object) -> None:
+        nonlocal stopping
+        stopping = True
         for child in children:
             if child.returncode is None:  # not poll(): it would take the exit code away from wait() below
                 os.kill(child.pid, signal.SIGTERM)
@@ -295,5 +299,6 @@ def _supervise(processes: int) -> int:
             if child.pid == pid:
                 child.returncode = code
         worst = worst or abs(code)
-        stop(0, None)
+        if not stopping:  # a second signal would hurry the others
+            stop(0, None)
     return worst

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from collections.abc import Iterable, MutableMapping
 
-# --- trace context ---------------------------------------------------------------------------------------------------
+# --- trace context ----------------------------------------------------------------------------------------------------
 
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
 _NO_TRACE = "0" * 32
@@ -57,7 +57,7 @@ current_trace: ContextVar[Trace | None] = ContextVar("current_trace", default=No
 """The trace of the call that runs; clients pass it on, log lines carry it."""
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 _BOUNDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _LABELS = [str(bound) for bound in _BOUNDS] + ["+Inf"]
@@ -106,7 +106,7 @@ IN_FLIGHT = Gauge("orchestrator_rpc_in_flight", "Calls worked on now.")
 WAITING = Gauge("orchestrator_rpc_waiting", "Long polls, waits for another's answer and streams open now.")
 
 
-# --- logs ------------------------------------------------------------------------------------------------------------
+# --- logs -------------------------------------------------------------------------------------------------------------
 
 _VALUE_CHARS = 2000
 _TRACEBACK_CHARS = 20000

@@ -1,4 +1,4 @@
-"""Columns of a group as Postgres arrays in binary form: packed here in one step each, where psycopg adapts value by value."""
+"""Columns of a group as Postgres arrays in binary form, packed in one step where psycopg adapts value by value."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+    from uuid import UUID
 
     from psycopg.abc import AdaptContext
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _NULL = b"\xff\xff\xff\xff"
+_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class Array(bytes):
@@ -27,7 +29,11 @@ class Array(bytes):
     type: ClassVar[str]
     oid: ClassVar[int]
     element_oid: ClassVar[int]
-    encode: ClassVar[Callable[[Any], bytes]]
+
+    @staticmethod
+    def encode(value: Any) -> bytes:
+        """One element's binary form."""
+        raise NotImplementedError
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Array:
@@ -46,44 +52,74 @@ class Array(bytes):
         return cls(pack(">iiIii", 1, nulls, cls.element_oid, len(values), 1) + b"".join(parts))
 
 
-def _text(value: str) -> bytes:
-    return value.encode()
-
-
-def _time(value: datetime) -> bytes:
-    return pack(">q", (value - EPOCH) // _MICROSECOND)
-
-
-def _json(value: Any) -> bytes:
-    return b"\x01" + json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
 class Texts(Array):
-    type, oid, element_oid, encode = "text[]", 1009, 25, staticmethod(_text)
+    """Text."""
+
+    type, oid, element_oid = "text[]", 1009, 25
+
+    @staticmethod
+    def encode(value: str) -> bytes:  # noqa: D102
+        return value.encode()
 
 
 class Uuids(Array):
-    type, oid, element_oid, encode = "uuid[]", 2951, 2950, staticmethod(lambda value: value.bytes)
+    """UUIDs."""
+
+    type, oid, element_oid = "uuid[]", 2951, 2950
+
+    @staticmethod
+    def encode(value: UUID) -> bytes:  # noqa: D102
+        return value.bytes
 
 
 class Times(Array):
-    type, oid, element_oid, encode = "timestamptz[]", 1185, 1184, staticmethod(_time)
+    """Aware datetimes."""
+
+    type, oid, element_oid = "timestamptz[]", 1185, 1184
+
+    @staticmethod
+    def encode(value: datetime) -> bytes:  # noqa: D102
+        return pack(">q", (value - EPOCH) // _MICROSECOND)
 
 
 class Jsons(Array):
-    type, oid, element_oid, encode = "jsonb[]", 3807, 3802, staticmethod(_json)
+    """What JSON can hold."""
+
+    type, oid, element_oid = "jsonb[]", 3807, 3802
+
+    @staticmethod
+    def encode(value: Any) -> bytes:  # noqa: D102
+        return b"\x01" + _to_json(value).encode()
 
 
 class Longs(Array):
-    type, oid, element_oid, encode = "bigint[]", 1016, 20, staticmethod(lambda value: pack(">q", value))
+    """64-bit integers."""
+
+    type, oid, element_oid = "bigint[]", 1016, 20
+
+    @staticmethod
+    def encode(value: int) -> bytes:  # noqa: D102
+        return pack(">q", value)
 
 
 class Ints(Array):
-    type, oid, element_oid, encode = "int[]", 1007, 23, staticmethod(lambda value: pack(">i", value))
+    """32-bit integers."""
+
+    type, oid, element_oid = "int[]", 1007, 23
+
+    @staticmethod
+    def encode(value: int) -> bytes:  # noqa: D102
+        return pack(">i", value)
 
 
 class Blobs(Array):
-    type, oid, element_oid, encode = "bytea[]", 1001, 17, staticmethod(lambda value: value)
+    """Bytes."""
+
+    type, oid, element_oid = "bytea[]", 1001, 17
+
+    @staticmethod
+    def encode(value: bytes) -> bytes:  # noqa: D102
+        return value
 
 
 TYPES: tuple[type[Array], ...] = (Texts, Uuids, Times, Jsons, Longs, Ints, Blobs)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from controller_svc.core.audit import RecordedAuditEvent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from datetime import datetime
     from uuid import UUID
 
     from controller_svc.store.database import Database
@@ -18,15 +18,9 @@ COLUMNS = (
     " state_after, subject, role, on_behalf_of, trace_id, key_hash, command_id"
 )
 
-# By time, not by id alone: so a span of time is a range of every index.
-LIST = (
-    "select "
-    + COLUMNS
-    + """ from audit_events
-where tenant = %(tenant)s and (create_time, id) < (
-  coalesce((select create_time from audit_events where tenant = %(tenant)s and id = %(before)s), 'infinity'), %(before)s
-)"""
-)
+# By time, not by id alone, so that a span of time is a range of every index.
+LIST = "select " + COLUMNS + " from audit_events where tenant = %(tenant)s and (create_time, id) < (%(time)s, %(id)s)"
+TIME = "select create_time from audit_events where tenant = %(tenant)s and id = %(id)s"
 COUNT = "select count(*) from audit_events where tenant = %(tenant)s"
 FILTERS = {
     "resource_id": " and resource_id = %(resource_id)s",
@@ -37,7 +31,7 @@ FILTERS = {
 }
 PAGE = " order by create_time desc, id desc limit %(limit)s"
 
-ABOVE_ALL_IDS = 2**63 - 1
+AFTER_ALL = datetime.max.replace(tzinfo=UTC)
 
 
 def from_row(row: Sequence[Any]) -> RecordedAuditEvent:
@@ -92,8 +86,17 @@ class Audit:
             "start_time": start_time,
             "end_time": end_time,
         }
-        page = {"before": ABOVE_ALL_IDS if before is None else before, "limit": limit}
-        return [from_row(row) for row in await self._fetch(LIST + _filter(values) + PAGE, values | page)]
+        # An index is entered at one bound, so there is but one: `end_time`, or the event to go on from.
+        time, id_ = end_time or AFTER_ALL, 0
+        if before is not None:
+            found = await self._fetch(TIME, {"tenant": tenant, "id": before})
+            if not found:
+                return []
+            if found[0][0] < time:
+                time, id_ = found[0][0], before
+        page = {"time": time, "id": id_, "limit": limit}
+        text = LIST + _filter(values | {"end_time": None}) + PAGE
+        return [from_row(row) for row in await self._fetch(text, values | page)]
 
     async def count(
         self,

@@ -40,17 +40,17 @@ with picked as materialized (
 ), claimed as (
   update tasks t set state = 'RUNNING', version = t.version + 1, attempt = t.attempt + 1,
     lease_id = gen_random_uuid(), lease_holder = $5,
-    lease_expire_time = statement_timestamp() + least(t.lease_timeout_us, t.attempt_timeout_us) * interval '1 microsecond',
+    lease_expire_time = statement_timestamp()
+      + least(t.lease_timeout_us, t.attempt_timeout_us) * interval '1 microsecond',
     start_time = statement_timestamp(), update_time = greatest(t.update_time, statement_timestamp()),
     xid = greatest(t.xid, pg_current_xact_id())
   from kept where t.tenant = $1 and t.id = kept.id
   returning t.*
 ), audited as (
-  insert into audit_events (tenant, xid, method, resource_type, resource_id, version_before, version_after, state_before,
-    state_after, subject, role, on_behalf_of, trace_id, key_hash, command_id)
-  select tenant, xid, $6, 'task', id, version - 1, version, 'PENDING', 'RUNNING', $5, $7, $8, $9, $10, $11 from claimed
-)
-select {tasks.COLUMNS} from claimed order by priority desc, schedule_time, id
+  insert into audit_events (tenant, xid, method, resource_type, resource_id, version_before, version_after,
+  state_before, state_after, subject, role, on_behalf_of, trace_id, key_hash, command_id) select tenant, xid, $6,
+  'task', id, version - 1, version, 'PENDING', 'RUNNING', $5, $7, $8, $9, $10, $11 from claimed ) select {tasks.COLUMNS}
+  from claimed order by priority desc, schedule_time, id
 """
 
 GUARD = """
@@ -66,7 +66,8 @@ CLAIMABLE = """
 select k.tenant, k.role from unnest($1::text[], $2::text[]) as k(tenant, role)
 where exists (
   select from tasks t join sessions s on s.tenant = t.tenant and s.id = t.session_id
-  where t.tenant = k.tenant and t.target_role = k.role and t.state = 'PENDING' and t.schedule_time <= statement_timestamp()
+  where t.tenant = k.tenant and t.target_role = k.role and t.state = 'PENDING'
+    and t.schedule_time <= statement_timestamp()
     and s.state in ('PENDING', 'ACTIVE')
 )
 """
@@ -91,7 +92,7 @@ class TaskClaim:
     lifetime: timedelta
 
 
-class Overtaken(Exception):
+class OvertakenError(Exception):
     """The guard could not be written although its scope was locked: nothing is claimed."""
 
 
@@ -100,8 +101,9 @@ async def claim_tasks(
 ) -> Guard | tuple[list[Task], bytes]:
     """Claims tasks and commits them with their audit events and the guard that holds the answer.
 
-    Returns the scope's guard if it has one; else the tasks, highest priority first, and `respond`'s answer for them. No tasks:
-    nothing is written. Raises psycopg.Error; when the connection is lost, `recorded` tells afterwards what happened.
+    Returns the scope's guard if it has one; else the tasks, highest priority first, and `respond`'s answer for them. No
+    tasks: nothing is written. Raises psycopg.Error; when the connection is lost, `recorded` tells afterwards what
+    happened.
     """
     async with connection.transaction() as transaction:
         await lock_scope(connection, claim.scope)
@@ -143,7 +145,7 @@ async def claim_tasks(
             ),
         )
         if not await cursor.fetchall():
-            raise Overtaken
+            raise OvertakenError
     return claimed, answer
 
 

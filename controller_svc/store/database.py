@@ -1,4 +1,4 @@
-"""Postgres as this process sees it: pools, readiness, its clock, and the one place where driver errors get a meaning."""
+"""Postgres as this process sees it: pools, readiness, its clock, and what the driver's errors mean."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ LOCK_MILLISECONDS = 250
 """How long a statement that may wait (a command alone, a claim) waits for one lock."""
 
 _TRIPWIRE = "22012"
-"""Division by zero: the writing statement found itself inconsistent (store/write.py). A defect, not a caller's bad value."""
+"""Division by zero: the writing statement found itself inconsistent (store/write.py).
+
+A defect, not a caller's bad value.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +45,16 @@ class Component:
     since: datetime
 
 
-class OutcomeUnknown(Exception):
+class OutcomeUnknownError(Exception):
     """The connection was lost, or the commit not confirmed: what was sent may or may not have happened."""
 
 
 class Database:
     """The pools of one process, opened and kept by a task of its own.
 
-    `reading()` is for single reads, `groups` carries the writes in groups (`lanes` and one connection kept for the statement that
-    is sent again), `waiting` the statements that may wait for locks. Each has its connections for itself, so none can starve
-    another.
+    `reading()` is for single reads, `groups` carries the writes in groups (`lanes` and one connection kept for the
+    statement that is sent again), `waiting` the statements that may wait for locks. Each has its connections for
+    itself, so none can starve another.
     """
 
     def __init__(self, url: str, *, lanes: int, on_change: Callable[[bool], None] = lambda up: None) -> None:
@@ -103,7 +106,10 @@ class Database:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        """A connection in autocommit mode for reads. Raises ServiceError for whatever the database refuses or fails at."""
+        """A connection in autocommit mode for reads.
+
+        Raises ServiceError for whatever the database refuses or fails at.
+        """
         if not self.ready:
             raise unavailable()
         try:
@@ -170,13 +176,19 @@ class Database:
             timeout=1.0,
             reconnect_timeout=1.0,
             configure=configure,
-            kwargs={"autocommit": True, "connect_timeout": CONNECT_SECONDS, "application_name": f"controller_svc {name}"},
+            kwargs={
+                "autocommit": True,
+                "connect_timeout": CONNECT_SECONDS,
+                "application_name": f"controller_svc {name}",
+            },
         )
 
 
 def unavailable() -> Unavailable:
     """Postgres is away, and nothing was written."""
-    return Unavailable("DATABASE_UNAVAILABLE", "The database is not reachable. Nothing was written; retry.", retry_after=1.0)
+    return Unavailable(
+        "DATABASE_UNAVAILABLE", "The database is not reachable. Nothing was written; retry.", retry_after=1.0
+    )
 
 
 def is_bad_data(error: BaseException) -> bool:
@@ -214,7 +226,8 @@ def refusal(error: BaseException) -> ServiceError:
 async def unhurried(work: Awaitable[Any], seconds: float, connection: psycopg.AsyncConnection[Any]) -> Any:
     """Runs a statement under a watchdog that closes the connection instead of cancelling the statement.
 
-    A cancel during COMMIT would make psycopg report success for what no standby has. Raises OutcomeUnknown after `seconds`.
+    A cancel during COMMIT would make psycopg report success for what no standby has. Raises OutcomeUnknownError after
+    `seconds`.
     """
     task = asyncio.ensure_future(work)
     done, _ = await asyncio.wait({task}, timeout=seconds)
@@ -223,6 +236,4 @@ async def unhurried(work: Awaitable[Any], seconds: float, connection: psycopg.As
     await connection.close()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    raise OutcomeUnknown("no answer in time")
-
-
+    raise OutcomeUnknownError("no answer in time")

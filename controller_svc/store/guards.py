@@ -17,5 +17,8 @@ where g.tenant = expired.tenant and g.scope = expired.scope
 
 
 async def purge(connection: psycopg.AsyncConnection[Any], limit: int) -> int:
-    """Deletes up to `limit` expired guards, oldest first, and says how many. What a writer holds is left for the next time."""
+    """Deletes up to `limit` expired guards, oldest first, and says how many.
+
+    What a writer holds is left for the next time.
+    """
     return (await connection.execute(PURGE, (limit,))).rowcount

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     import psycopg
 
-_BY_KEY = "select {columns} from {table} r join unnest($1::text[], $2::uuid[]) as k(tenant, id) on r.tenant = k.tenant and r.id = k.id"
+_BY_KEY = (
+    "select {columns} from {table} r join unnest($1::text[], $2::uuid[]) as k(tenant, id)"
+    " on r.tenant = k.tenant and r.id = k.id"
+)
 
 
 def _select(table: str, columns: str) -> str:
@@ -32,7 +35,8 @@ ROWS: dict[str, tuple[str, Callable[[Sequence[Any]], Any]]] = {
 
 LOOKUPS: dict[str, str] = {
     "unfinished_tasks": (
-        "select k.tenant, k.id, (select count(*) from (select from tasks t where t.tenant = k.tenant and t.session_id = k.id"
+        "select k.tenant, k.id, (select count(*) from ("
+        "select from tasks t where t.tenant = k.tenant and t.session_id = k.id"
         " and t.state in ('PENDING', 'BLOCKED', 'RUNNING') limit 1) u)"
         " from unnest($1::text[], $2::uuid[]) as k(tenant, id)"
     ),

@@ -49,9 +49,9 @@ where tenant = %(tenant)s and id = %(id)s and lease_id = %(lease_id)s and lease_
 returning lease_expire_time
 """
 
+# Looks at every running task: an index by lease_expire_time would be written to, with all others, by each heartbeat.
 LOST_LEASES = """
-select tenant, id from tasks where state = 'RUNNING' and lease_expire_time <= statement_timestamp()
-order by start_time limit %(limit)s
+select tenant, id from tasks where state = 'RUNNING' and lease_expire_time <= statement_timestamp() limit %(limit)s
 """
 
 # A session ends while tasks are routed to it, and such a task may be committed after the end. Two looks find them all:
@@ -178,7 +178,7 @@ class Tasks:
         return int(rows[0][0])
 
     async def lost_leases(self, limit: int) -> Sequence[Key]:
-        """At most `limit` RUNNING tasks, of any tenant, whose lease has run out, longest running first."""
+        """At most `limit` RUNNING tasks, of any tenant, whose lease has run out."""
         return [Key("tasks", *row) for row in await self._fetch(LOST_LEASES, {"limit": limit})]
 
     async def orphans(self, limit: int) -> Sequence[Key]:

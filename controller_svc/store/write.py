@@ -1,11 +1,13 @@
-"""The one statement that writes: guards, rows at exactly the versions that were read, audit rows, for a whole group at once.
+"""The one statement that writes: guards, rows at exactly the versions that were read, audit rows, for a group at once.
 
 What it relies on, in Postgres' terms (READ COMMITTED, one autocommit statement):
 
-- A command takes part only while its scope's advisory lock is ours, so a guard conflict is never with a write under way.
-- Rows are locked in key order before anything is changed, and only at the version the decision was made on. A group skips what
-  is locked elsewhere; a command alone waits for it (`lock_timeout` bounds the wait).
-- A guard is inserted only when all rows of its command are locked; effects and audit rows join the guards that were inserted.
+- A command takes part only while its scope's advisory lock is ours, so a guard conflict is never with a write under
+  way.
+- Rows are locked in key order before anything is changed, and only at the version the decision was made on. A group
+  skips what is locked elsewhere; a command alone waits for it (`lock_timeout` bounds the wait).
+- A guard is inserted only when all rows of its command are locked; effects and audit rows join the guards that were
+  inserted.
 - If rows moved and guards won should ever differ, the division by zero at the end rolls the whole group back.
 """
 
@@ -190,7 +192,9 @@ _COMMAND: tuple[Column, ...] = (
     Column("lifetime", Longs, lambda write: write.lifetime // _MICROSECOND),
     _column("not_after", Times),
     Column("moves", Longs, lambda write: sum(1 for row in write.rows if row.version > 1)),
-    Column("parents", Longs, lambda write: sum(1 for row in write.rows if row.version == 1 and TABLES[row.table].parent)),
+    Column(
+        "parents", Longs, lambda write: sum(1 for row in write.rows if row.version == 1 and TABLES[row.table].parent)
+    ),
     _column("method", Texts),
     _column("subject", Texts),
     _column("on_behalf_of", Texts),
@@ -217,8 +221,8 @@ async def write(
 ) -> tuple[list[Outcome], datetime]:
     """Runs the statement for one group and returns each command's outcome, in order, and Postgres' time.
 
-    With `wait` (for a command alone) locks are waited for instead of skipped. Raises psycopg.Error; then nothing is known but
-    what the error says.
+    With `wait` (for a command alone) locks are waited for instead of skipped. Raises psycopg.Error; then nothing is
+    known but what the error says.
     """
     new: dict[str, list[tuple[int, Any]]] = {}
     changed: dict[str, list[tuple[int, Any]]] = {}
@@ -281,9 +285,8 @@ def statement(shape: Shape, wait: bool) -> str:
         names = ", ".join(["ord", *(column.name for column in columns)])
         return f"unnest({arrays}) as t({names})"
 
-    parts = [
-        f"c as materialized (select t.*, {lock} as locked, clock_timestamp() < t.not_after as live from {unnest(_COMMAND)})"
-    ]
+    clock = "clock_timestamp()"
+    parts = [f"c as materialized (select t.*, {lock} as locked, {clock} < t.not_after as live from {unnest(_COMMAND)})"]
     for table in TABLES.values():
         if table.name in changed:
             parts.append(f"changed_{table.name} as materialized (select * from {unnest(table.columns)})")
@@ -309,9 +312,10 @@ def statement(shape: Shape, wait: bool) -> str:
         " (tenant, scope, command_id, fingerprint, code, answer, create_time, expire_time)"
         " select tenant, scope, command_id, fingerprint, code, answer, clock_timestamp(),"
         " clock_timestamp() + lifetime * interval '1 microsecond' from ready order by tenant, scope"
-        " on conflict (tenant, scope) do update set command_id = excluded.command_id, fingerprint = excluded.fingerprint,"
-        " code = excluded.code, answer = excluded.answer, create_time = excluded.create_time,"
-        " expire_time = excluded.expire_time where k.expire_time <= clock_timestamp() returning k.command_id)"
+        " on conflict (tenant, scope) do update set"
+        " command_id = excluded.command_id, fingerprint = excluded.fingerprint, code = excluded.code,"
+        " answer = excluded.answer, create_time = excluded.create_time, expire_time = excluded.expire_time"
+        " where k.expire_time <= clock_timestamp() returning k.command_id)"
     )
     parts.append("won as materialized (select ready.* from ready join g using (command_id))")
     parts.extend(_effects(new, changed))
@@ -321,12 +325,14 @@ def statement(shape: Shape, wait: bool) -> str:
         parts.append(
             "a as (insert into audit_events"
             f" (tenant, method, {names}, subject, on_behalf_of, trace_id, key_hash, command_id)"
-            f" select won.tenant, won.method, {fields}, won.subject, won.on_behalf_of, won.trace_id, won.key_hash, won.command_id"
+            f" select won.tenant, won.method, {fields},"
+            " won.subject, won.on_behalf_of, won.trace_id, won.key_hash, won.command_id"
             f" from {unnest(_EVENT)} join won on won.ord = t.ord)"
         )
     moved = " + ".join(f"(select count(*) from moved_{name})" for name in TABLES if name in changed) or "0"
     return (
-        f"with {', '.join(parts)} select c.ord, c.locked, c.live, ready.ord is not null, won.ord is not null, clock_timestamp()"
+        f"with {', '.join(parts)} select c.ord, c.locked, c.live, ready.ord is not null, won.ord is not null,"
+        " clock_timestamp()"
         " from c left join ready on ready.ord = c.ord left join won on won.ord = c.ord"
         f" where 1 = 1 / (case when (select coalesce(sum(moves), 0) from won) = {moved} then 1 else 0 end)"
     )

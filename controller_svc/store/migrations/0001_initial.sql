@@ -137,7 +137,7 @@ create index tasks_type_idx on tasks (tenant, type, id);
 create index tasks_claim_idx on tasks (tenant, target_role, priority desc, schedule_time, id) where state = 'PENDING';
 create index tasks_unfinished_idx on tasks (tenant, session_id, id) where state in ('PENDING', 'BLOCKED', 'RUNNING');
 -- Not by lease_expire_time: each heartbeat moves it, and would have to write to every index of the table.
-create index tasks_running_idx on tasks (start_time) where state = 'RUNNING';
+create index tasks_running_idx on tasks (tenant, id) where state = 'RUNNING';
 
 comment on table tasks is 'Work routed to a role, and the lease of the worker that runs it.';
 comment on column tasks.version is 'The etag. 1 when created; each change but a heartbeat adds one.';
@@ -166,7 +166,7 @@ comment on index tasks_state_idx is 'List by state.';
 comment on index tasks_type_idx is 'List by type.';
 comment on index tasks_claim_idx is 'The claim.';
 comment on index tasks_unfinished_idx is 'Whether a session has unfinished tasks; the sweeps for tasks of ended sessions.';
-comment on index tasks_running_idx is 'The sweep of lost leases.';
+comment on index tasks_running_idx is 'The sweep of lost leases, which reads all of it.';
 
 create table audit_events (
     tenant         text        collate "C" not null,
