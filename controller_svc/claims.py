@@ -11,9 +11,24 @@ import structlog
 from psycopg_pool import PoolTimeout
 
 from controller_svc.core.tasks import ReleaseTask, TaskState
-from controller_svc.mutation import MARGIN, RESEND_PAUSE, RESEND_SECONDS, Answer, Attempt, resource_busy
+from controller_svc.mutation import (
+    MARGIN,
+    RESEND_PAUSE,
+    RESEND_SECONDS,
+    WATCHDOG_SECONDS,
+    Answer,
+    Attempt,
+    resource_busy,
+)
 from controller_svc.store.claims import OvertakenError, TaskClaim, claim_tasks, claimable, recorded
-from controller_svc.store.database import is_collision, is_lock_timeout, refusal, unavailable
+from controller_svc.store.database import (
+    OutcomeUnknownError,
+    confirmed,
+    is_collision,
+    is_lock_timeout,
+    refusal,
+    unavailable,
+)
 from controller_svc.store.read import Guard
 from svckit.errors import ServiceError
 
@@ -175,11 +190,12 @@ class Claims:
                 try:
                     async with self._database.waiting.connection() as connection:
                         sent = True
-                        outcome = await claim_tasks(connection, claim, respond)
-                except (psycopg.Error, PoolTimeout, OvertakenError) as error:
+                        with confirmed(connection, WATCHDOG_SECONDS):
+                            outcome = await claim_tasks(connection, claim, respond)
+                except (psycopg.Error, PoolTimeout, OvertakenError, OutcomeUnknownError) as error:
                     if is_lock_timeout(error) or is_collision(error) or isinstance(error, OvertakenError):
                         continue
-                    if not sent or not isinstance(error, psycopg.OperationalError):
+                    if not sent or not isinstance(error, (psycopg.OperationalError, OutcomeUnknownError)):
                         raise refusal(error) from error
                     guard = await self._settled(attempt)
                     if guard is None:
@@ -209,8 +225,9 @@ class Claims:
         while True:
             try:
                 async with self._database.waiting.connection() as connection:
-                    return await recorded(connection, attempt.tenant, attempt.scope)
-            except (psycopg.Error, PoolTimeout):
+                    with confirmed(connection, WATCHDOG_SECONDS):
+                        return await recorded(connection, attempt.tenant, attempt.scope)
+            except (psycopg.Error, PoolTimeout, OutcomeUnknownError):
                 if loop.time() > until:
                     raise self._door.leave_open(attempt) from None
                 await asyncio.sleep(RESEND_PAUSE)

@@ -19,18 +19,18 @@ from uuid import UUID, uuid4
 import psycopg
 import structlog
 from prometheus_client import Counter
-from psycopg_pool import PoolTimeout
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from controller_svc.idempotency import KEY_HEADER, Claim, fingerprint_of, idempotency_key, scope_of
 from controller_svc.store.database import (
     STATEMENT_SECONDS,
     OutcomeUnknownError,
+    confirmed,
     is_bad_data,
     is_collision,
     is_lock_timeout,
     refusal,
     unavailable,
-    unhurried,
 )
 from controller_svc.store.read import Guard, read_guards, read_rows
 from controller_svc.store.write import Outcome, Write, write
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from controller_svc.core.audit import AuditEvent
     from controller_svc.core.mutations import Actor, Key, Lookup, Mutation, Row
     from controller_svc.idempotency import Idempotency
-    from controller_svc.store.database import Database
+    from controller_svc.store.database import Connection, Database
     from svckit.interceptors import Call
 
 log = structlog.get_logger(__name__)
@@ -423,7 +423,7 @@ class Door:
                 return
             attempts = [attempt for attempt in attempts if not attempt.result.done()]
 
-    def _pool(self, wait: bool) -> Any:
+    def _pool(self, wait: bool) -> AsyncConnectionPool[Connection]:
         return self._database.waiting if wait else self._database.groups
 
     async def _decide(self, connection: psycopg.AsyncConnection[Any], attempts: list[Attempt]) -> list[Decided]:
@@ -498,14 +498,11 @@ class Door:
             events=events,
         )
 
-    async def _send(
-        self, connection: psycopg.AsyncConnection[Any], decided: Sequence[Decided], wait: bool
-    ) -> list[Outcome]:
-        outcomes, now = await unhurried(
-            write(connection, [write for _, write in decided], wait=wait), WATCHDOG_SECONDS, connection
-        )
+    async def _send(self, connection: Connection, decided: Sequence[Decided], wait: bool) -> list[Outcome]:
+        with confirmed(connection, WATCHDOG_SECONDS):
+            outcomes, now = await write(connection, [write for _, write in decided], wait=wait)
         self._database.learn(now)
-        return outcomes  # type: ignore[no-any-return]
+        return outcomes
 
     async def _settle_all(
         self,

@@ -62,6 +62,8 @@ where k.expire_time <= clock_timestamp()
 returning command_id
 """
 
+LOCK_GUARD = "select from idempotency_guards where tenant = $1 and scope = $2 for no key update"
+
 CLAIMABLE = """
 select k.tenant, k.role from unnest($1::text[], $2::text[]) as k(tenant, role)
 where exists (
@@ -150,9 +152,13 @@ async def claim_tasks(
 
 
 async def recorded(connection: psycopg.AsyncConnection[Any], tenant: str, scope: bytes) -> Guard | None:
-    """The scope's guard once no transaction holds the scope any more: after a lost connection, what happened."""
+    """The scope's guard once no transaction holds the scope any more: after a lost connection, what happened.
+
+    The guard is locked, so that this COMMIT waits for a synchronous standby to have it too.
+    """
     async with connection.transaction():
         await lock_scope(connection, scope)
+        await AsyncRawCursor(connection).execute(LOCK_GUARD, (tenant, scope))
         return (await read_guards(connection, [(tenant, scope)])).get(scope)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from controller_svc.store.migrate import MigrationError, migrate
 from svckit.errors import InvalidArgument, ResourceExhausted, ServiceError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +49,24 @@ class Component:
 
 class OutcomeUnknownError(Exception):
     """The connection was lost, or the commit not confirmed: what was sent may or may not have happened."""
+
+
+class Connection(psycopg.AsyncConnection[Any]):
+    """A connection that remembers a warning, and can be cut."""
+
+    warned = False
+
+    def take_note(self, notice: psycopg.errors.Diagnostic) -> None:
+        """Notices that something was not as it should be: a COMMIT that no standby has confirmed is reported so."""
+        if notice.sqlstate is not None and notice.sqlstate.startswith("01"):
+            self.warned = True
+            log.warning("postgres warned", sqlstate=notice.sqlstate, message=notice.message_primary)
+
+    def cut(self) -> None:
+        """Ends the socket in both directions; whoever waits for it is told at once that the connection is lost."""
+        if not self.closed:
+            with socket.socket(fileno=os.dup(self.fileno())) as end:
+                end.shutdown(socket.SHUT_RDWR)
 
 
 class Database:
@@ -105,7 +125,7 @@ class Database:
     # -- use --
 
     @asynccontextmanager
-    async def reading(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    async def reading(self) -> AsyncIterator[Connection]:
         """A connection in autocommit mode for reads.
 
         Raises ServiceError for whatever the database refuses or fails at.
@@ -154,9 +174,10 @@ class Database:
             log.warning("postgres away", detail=detail)
         self._on_change(up)
 
-    def _pool(self, name: str, size: int, **settings: int) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
-        async def configure(connection: psycopg.AsyncConnection[Any]) -> None:
+    def _pool(self, name: str, size: int, **settings: int) -> AsyncConnectionPool[Connection]:
+        async def configure(connection: Connection) -> None:
             arrays.register(connection)
+            connection.add_notice_handler(connection.take_note)
             connection.prepare_threshold = 0
             connection.prepared_max = 200
             values = {
@@ -169,6 +190,7 @@ class Database:
 
         return AsyncConnectionPool(
             self._url,
+            connection_class=Connection,
             name=name,
             min_size=1,
             max_size=size,
@@ -223,17 +245,19 @@ def refusal(error: BaseException) -> ServiceError:
     return unavailable()
 
 
-async def unhurried(work: Awaitable[Any], seconds: float, connection: psycopg.AsyncConnection[Any]) -> Any:
-    """Runs a statement under a watchdog that closes the connection instead of cancelling the statement.
+@contextmanager
+def confirmed(connection: Connection, seconds: float) -> Iterator[None]:
+    """Around a write: its outcome counts only if Postgres confirmed it, within `seconds`.
 
-    A cancel during COMMIT would make psycopg report success for what no standby has. Raises OutcomeUnknownError after
-    `seconds`.
+    A watchdog cuts the socket instead of cancelling the statement: cancelled during COMMIT, Postgres reports success for
+    what no standby has; when somebody else cancels it, only a warning says so. Raises OutcomeUnknownError.
     """
-    task = asyncio.ensure_future(work)
-    done, _ = await asyncio.wait({task}, timeout=seconds)
-    if done:
-        return task.result()
-    await connection.close()
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    raise OutcomeUnknownError("no answer in time")
+    connection.warned = False
+    watchdog = asyncio.get_running_loop().call_later(seconds, connection.cut)
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+    if connection.warned:
+        connection.cut()
+        raise OutcomeUnknownError("a warning came with the commit")

@@ -1,4 +1,7 @@
-"""The door on a real Postgres: one effect and one answer per key, whatever callers and connections do. No idempotency_svc here."""
+"""The door on a real Postgres: one effect and one answer per key, whatever callers and connections do.
+
+No idempotency_svc here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,15 @@ from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store.database import Database
 from orchestrator.controller.v1 import session_service_pb2 as pb
 from svckit.auth import Principal
-from svckit.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, ServiceError, StoredAnswer, Unavailable
+from svckit.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ServiceError,
+    StoredAnswer,
+    Unavailable,
+)
 from svckit.interceptors import Admission, Call
 from svckit.options import policies
 from svckit.telemetry import new_trace
@@ -40,20 +51,26 @@ class Client:
     database: Database
     url: str
 
-    async def create(self, key: str | None = None, *, seconds: float = 20, principal: Principal = PRINCIPAL, **data: Any) -> str:
+    async def create(
+        self, key: str | None = None, *, seconds: float = 20, principal: Principal = PRINCIPAL, **data: Any
+    ) -> str:
         """A CreateSession; answers the session's id."""
         command = CreateSession(actor=ACTOR, id=new_id(), agent_role="finance", task_id=None, metadata=data)
         request = pb.CreateSessionRequest(agent_role="finance")
         request.metadata.update(data)
         return await self._write(MUTATIONS.create, command, "CreateSession", request, key, seconds, principal)
 
-    async def move(self, verb: str, session_id: Any, key: str | None = None, *, seconds: float = 20, etag: str = "") -> str:
+    async def move(
+        self, verb: str, session_id: Any, key: str | None = None, *, seconds: float = 20, etag: str = ""
+    ) -> str:
         """A verb; answers state and version."""
         command = ChangeSession(actor=ACTOR, id=session_id, etag=etag)
         request = pb.ActivateSessionRequest(session_id=str(session_id), etag=etag)
         return await self._write(getattr(MUTATIONS, verb.lower()), command, f"{verb}Session", request, key, seconds)
 
-    async def update(self, session_id: Any, key: str | None = None, *, etag: str = "", seconds: float = 20, **data: Any) -> str:
+    async def update(
+        self, session_id: Any, key: str | None = None, *, etag: str = "", seconds: float = 20, **data: Any
+    ) -> str:
         """An UpdateSession; answers state and version."""
         command = UpdateSession(actor=ACTOR, id=session_id, etag=etag, paths=("metadata",), metadata=data, task_id=None)
         request = pb.UpdateSessionRequest(session_id=str(session_id), etag=etag)
@@ -61,7 +78,14 @@ class Client:
         return await self._write(MUTATIONS.update, command, "UpdateSession", request, key, seconds)
 
     async def _write(
-        self, mutation: Any, command: Any, method: str, request: Any, key: str | None, seconds: float, principal: Principal = PRINCIPAL
+        self,
+        mutation: Any,
+        command: Any,
+        method: str,
+        request: Any,
+        key: str | None,
+        seconds: float,
+        principal: Principal = PRINCIPAL,
     ) -> str:
         call = Call(
             policy=POLICIES[SERVICE + method],
@@ -201,7 +225,9 @@ async def test_many_changes_of_one_row_are_all_made_one_after_the_other(client: 
     session = await client.session()
     answers = await asyncio.gather(*(client.update(session, f"k{n}", **{f"k{n}": n}) for n in range(60)))
     assert sorted(int(answer.split(" ")[2]) for answer in answers) == list(range(2, 62))
-    assert await client.rows("select version, (select count(*) from jsonb_object_keys(metadata)) from sessions") == [(61, 60)]
+    assert await client.rows("select version, (select count(*) from jsonb_object_keys(metadata)) from sessions") == [
+        (61, 60)
+    ]
 
 
 async def test_two_processes_at_one_row_and_one_key(client: Client) -> None:
@@ -246,7 +272,8 @@ async def test_ended_backends_double_nothing(client: Client) -> None:
         answers: list[Any] = []
         for round_ in range(8):
             calls = asyncio.gather(
-                *(client.create(None if n % 4 == 0 else f"{round_}-{n}", n=n) for n in range(40)), return_exceptions=True
+                *(client.create(None if n % 4 == 0 else f"{round_}-{n}", n=n) for n in range(40)),
+                return_exceptions=True,
             )
             await asyncio.sleep(0.004 * round_ / 8)
             await killer.execute(
@@ -263,7 +290,9 @@ async def test_ended_backends_double_nothing(client: Client) -> None:
     assert len(ids) <= len(answers)
 
 
-async def test_a_caller_that_leaves_before_the_start_is_taken_out_and_after_it_its_answer_is_kept(client: Client) -> None:
+async def test_a_caller_that_leaves_before_the_start_is_taken_out_and_after_it_its_answer_is_kept(
+    client: Client,
+) -> None:
     session = await client.session()
     async with await psycopg.AsyncConnection.connect(client.url) as stranger:
         await stranger.execute("select from sessions where id = %s for update", (session,))
@@ -297,18 +326,32 @@ async def test_the_followers_of_a_caller_that_leaves_go_on(client: Client) -> No
     assert without_mark(answers) == {f"{session} PENDING 3"}
 
 
-async def test_a_stopped_standby_makes_the_outcome_unknown_and_the_retry_settles_it(client: Client, own_admin: Callable[..., Any]) -> None:
-    """A COMMIT that waits for a standby answers nothing; nothing is cancelled, nothing doubled, and the key converges."""
+async def test_a_stopped_standby_makes_the_outcome_unknown_and_the_retry_settles_it(
+    client: Client, own_admin: Callable[..., Any]
+) -> None:
+    """A COMMIT that waits for a standby answers nothing: nothing is cancelled or doubled, and the key converges."""
     await own_admin("alter system set synchronous_standby_names = 'ghost'")
     try:
         with pytest.raises(ServiceError) as unknown:
             await client.create("k", seconds=29)
         assert unknown.value.reason == "OUTCOME_UNKNOWN"
+        # Ended by somebody else, the waiting COMMIT reports success, with a warning: that is no confirmation.
+        impatient = asyncio.create_task(client.create("cancelled", seconds=29))
+        async with asyncio.timeout(10):
+            while not await client.rows(
+                "select pg_cancel_backend(pid) from pg_stat_activity where wait_event = 'SyncRep'"
+                " and application_name = 'controller_svc groups' and query_start > now() - interval '3 seconds'"
+            ):
+                await asyncio.sleep(0.1)
+        with pytest.raises(ServiceError) as unknown:
+            await impatient
+        assert unknown.value.reason == "OUTCOME_UNKNOWN"
     finally:
         await own_admin("alter system reset synchronous_standby_names")
+    assert (await client.create("cancelled", seconds=29)).endswith("replayed")
     answer = await client.create("k", seconds=29)
     assert answer.endswith("replayed")
-    assert await client.rows("select count(*) from sessions") == [(1,)]
+    assert await client.rows("select count(*) from sessions") == [(2,)]
 
 
 @pytest.fixture
