@@ -26,8 +26,8 @@ test: $(VENV) ## Run all tests: TESTS=path or ARGS="-k name" for some of them
 soak: $(VENV) ## Run the tests that take many minutes
 	@pytest -m soak $(ARGS) $(TESTS)
 
-load: $(VENV) ## Measure the pair, and print one table
-	@python -m tests.load
+load: $(VENV) ## Measure the pair, and print one table: ARGS=--help for what to leave out
+	@python -m tests.load $(ARGS)
 
 check: $(VENV) ## Check format, lint, types, import rules, protos, generated code and documents
 	@.ci/check

@@ -47,8 +47,10 @@ def environment() -> str:
     text = HEAD
     for name, settings in (("controller_svc", ControllerSettings), ("idempotency_svc", IdempotencySettings)):
         text += f"\n## {name}\n\n| variable | default | meaning |\n|---|---|---|\n"
-        own_first = sorted(settings.model_fields.items(), key=lambda field: field[0] in ServiceSettings.model_fields)
-        for field, info in own_first:
+        shared = [base.model_fields for base in settings.__mro__[1:] if issubclass(base, ServiceSettings)]
+        own_first = sorted(settings.model_fields, key=lambda field: sum(field in fields for fields in shared))
+        for field in own_first:
+            info = settings.model_fields[field]
             if info.is_required():
                 default = "required"
             elif info.default in (None, "", PydanticUndefined):

@@ -188,7 +188,7 @@ class Claims:
                     raise resource_busy()
                 sent = False
                 try:
-                    async with self._database.waiting.connection() as connection:
+                    async with self._database.claims.connection() as connection:
                         sent = True
                         with confirmed(connection, WATCHDOG_SECONDS):
                             outcome = await claim_tasks(connection, claim, respond)
@@ -224,7 +224,7 @@ class Claims:
         until = loop.time() + RESEND_SECONDS
         while True:
             try:
-                async with self._database.waiting.connection() as connection:
+                async with self._database.claims.connection() as connection:
                     with confirmed(connection, WATCHDOG_SECONDS):
                         return await recorded(connection, attempt.tenant, attempt.scope)
             except (psycopg.Error, PoolTimeout, OutcomeUnknownError):

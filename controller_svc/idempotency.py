@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 KEY_HEADER = "idempotency-key"
+_KEY = re.compile("[!-~]{1,255}")
 CLAIM_SECONDS = 0.25
 """What a claim may cost a call before Postgres decides alone."""
 COMPLETE_SECONDS = 2.0
@@ -40,7 +42,8 @@ TRIP_AFTER = 3
 MAX_PENDING = 10_000
 """Completions and releases that may wait. Past it they are dropped: the guard in Postgres answers instead."""
 
-CLAIMS = Counter("orchestrator_claims_total", "Claims, by outcome.", ["outcome"])
+_CLAIMS = Counter("orchestrator_claims_total", "Claims, by outcome; away: idempotency_svc or Redis is.", ["outcome"])
+CLAIMS = {kind: _CLAIMS.labels(kind) for kind in ("acquired", "takeover", "replay", "busy", "mismatch", "away")}
 DROPPED = Counter(
     "orchestrator_completions_dropped_total", "Completions and releases given up: the guard repairs them later."
 )
@@ -57,7 +60,7 @@ def idempotency_key(values: Sequence[str]) -> str | None:
     if not values:
         return None
     key = values[0]
-    if len(values) > 1 or not 1 <= len(key) <= 255 or not key.isascii() or not all("!" <= char <= "~" for char in key):
+    if len(values) > 1 or not _KEY.fullmatch(key):
         raise InvalidArgument(
             "IDEMPOTENCY_KEY_INVALID",
             f"Metadata {KEY_HEADER} must be given once, as 1 to 255 visible ASCII characters.",
@@ -202,8 +205,8 @@ class Idempotency:
         self._answer(claim, None)
 
     def _answer(self, claim: Claim, outcome: pb.ClaimOutcome | None) -> None:
-        kind = outcome.WhichOneof("outcome") if outcome is not None else "away"
-        CLAIMS.labels(kind).inc()
+        kind = (outcome and outcome.WhichOneof("outcome")) or "away"
+        CLAIMS[kind].inc()
         if not claim.answered.done():
             claim.answered.set_result(outcome)
         elif kind in ("acquired", "takeover"):

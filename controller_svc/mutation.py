@@ -72,7 +72,9 @@ LAST_LOOK = 0.5
 """Seconds between two looks at a key that somebody else owns."""
 SWEEP_SECONDS = 10.0
 
-OUTCOMES = Counter("orchestrator_writes_total", "Commands through the door, by what became of them.", ["outcome"])
+_OUTCOMES = Counter("orchestrator_writes_total", "Commands in a sent statement, by what became of them.", ["outcome"])
+OUTCOMES = {outcome: _OUTCOMES.labels(outcome.value) for outcome in Outcome}
+UNKNOWN = _OUTCOMES.labels("unknown")
 
 
 class Answer(NamedTuple):
@@ -424,7 +426,7 @@ class Door:
             attempts = [attempt for attempt in attempts if not attempt.result.done()]
 
     def _pool(self, wait: bool) -> AsyncConnectionPool[Connection]:
-        return self._database.waiting if wait else self._database.groups
+        return self._database.alone if wait else self._database.groups
 
     async def _decide(self, connection: psycopg.AsyncConnection[Any], attempts: list[Attempt]) -> list[Decided]:
         """What each attempt wants written. Answers at once those that want nothing written."""
@@ -520,7 +522,7 @@ class Door:
         under_way: list[Decided] = []
         for pair, outcome in zip(decided, outcomes, strict=True):
             attempt, write = pair
-            OUTCOMES.labels(outcome.value).inc()
+            OUTCOMES[outcome].inc()
             if outcome is Outcome.WON:
                 self._won(attempt, write)
             elif outcome in (Outcome.LOST, Outcome.EXPIRED):
@@ -634,7 +636,7 @@ class Door:
 
         Its claim is kept: no other may run meanwhile.
         """
-        OUTCOMES.labels("unknown").inc()
+        UNKNOWN.inc()
         error = Unavailable(
             "OUTCOME_UNKNOWN",
             "The database did not confirm the write. It may have happened; retry with the same idempotency key.",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -30,6 +28,8 @@ SERVICE = "orchestrator.service"
 
 USER_PERMISSIONS = frozenset({AGENT, APPROVE, AUDIT, OPERATE})
 """What a user's token can grant, as a role or scope of that name."""
+OPERATE_INCLUDES = frozenset({AGENT, AUDIT})
+"""Who operates reads all of the tenant, and may change every session and task of it."""
 RESERVED_PREFIX = "orchestrator."
 """Roles that start so are never agent roles."""
 
@@ -39,7 +39,7 @@ ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES
 LEEWAY_SECONDS = 30
 MAX_LIFETIME_SECONDS = 86400
 MAX_TOKEN_BYTES = 8192
-MAX_CACHED_TOKENS = 10000
+MAX_CACHED_TOKENS = 8192
 
 # The decoders of libraries forgive padding and foreign characters; one token shall have one form.
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)
@@ -82,12 +82,15 @@ class UserProfile:
         roles = _strings(_claim(claims, self.roles_claim))
         scope = claims.get("scope")
         scopes = frozenset(scope.split()) if isinstance(scope, str) else frozenset()
+        permissions = (roles | scopes) & USER_PERMISSIONS
+        if OPERATE in permissions:
+            permissions |= OPERATE_INCLUDES
         return Principal(
             issuer=self.issuer,
             tenant=self._tenant(claims),
             subject=subject,
             roles=frozenset(role for role in roles if not role.startswith(RESERVED_PREFIX)),
-            permissions=(roles | scopes) & USER_PERMISSIONS,
+            permissions=permissions,
             expires_at=claims["exp"],
         )
 
@@ -135,7 +138,10 @@ class TokenVerifier:
         self._profile = profile
         self._clock = clock
         self._jws = jwt.PyJWS(algorithms=ALGORITHMS)
-        self._cache: OrderedDict[bytes, Principal] = OrderedDict()
+        # Two generations make a cheap LRU: what is used moves to the young one, and the old one is dropped when the
+        # young one is full. Looked up by the token itself: to hash it would cost more than all the rest.
+        self._young: dict[str, Principal] = {}
+        self._old: dict[str, Principal] = {}
         self._generation = keys.generation
 
     @classmethod
@@ -161,18 +167,24 @@ class TokenVerifier:
     def cached(self, token: str) -> Principal | None:
         """The principal of a token verified before, unless it expired or keys changed since; never waits."""
         if self._generation != self.keys.generation:
-            self._cache.clear()
             self._generation = self.keys.generation
+            self._young, self._old = {}, {}
             return None
-        digest = sha256(token.encode()).digest()
-        principal = self._cache.get(digest)
+        principal = self._young.get(token)
         if principal is None:
-            return None
+            principal = self._old.pop(token, None)
+            if principal is None:
+                return None
+            self._keep(token, principal)
         if principal.expires_at + LEEWAY_SECONDS <= self._clock():
-            del self._cache[digest]
+            del self._young[token]
             return None
-        self._cache.move_to_end(digest)
         return principal
+
+    def _keep(self, token: str, principal: Principal) -> None:
+        if len(self._young) >= MAX_CACHED_TOKENS // 2:
+            self._young, self._old = {}, self._young
+        self._young[token] = principal
 
     async def verify(self, token: str) -> Principal:
         """The principal of a token.
@@ -202,9 +214,7 @@ class TokenVerifier:
         claims = self._read(lambda: json.loads(payload))
         principal = self._profile.principal(claims, self._check(header, claims))
         if generation == self._generation == self.keys.generation:
-            self._cache[sha256(token.encode()).digest()] = principal
-            if len(self._cache) > MAX_CACHED_TOKENS:
-                self._cache.popitem(last=False)
+            self._keep(token, principal)
         return principal
 
     @staticmethod

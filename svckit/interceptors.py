@@ -39,6 +39,9 @@ MAX_SECONDS = 30.0
 FOREIGN_REQUEST_BYTES = 65536
 """Largest request of the services we mount but did not define: health, reflection, channelz."""
 
+FOREIGN_STREAMS = 256
+"""How many of their streams may be open. Counted apart: some are open to strangers, who must not use up MAX_WAITING."""
+
 log = structlog.get_logger()
 
 
@@ -121,16 +124,19 @@ class Call:
             admission.waiting -= 1
 
 
-class Chain(grpc.aio.ServerInterceptor):
+class Chain(grpc.GenericRpcHandler):
     """The layers of LAYERS around every method of a server, composed once per method.
 
-    The chain holds the table of all methods itself: what is neither registered nor mounted here is not served, so no
-    method and no stream can reach a servicer beside it.
+    It is the only handler a server gets and holds the table of all methods itself: what is neither registered nor
+    mounted here is not served, so no method and no stream can reach a servicer beside it. For gRPC it is a generic
+    handler rather than an interceptor, which would cost two more coroutines a call; and methods are not registered with
+    grpc.aio by name either, which would make it wait for the next call of each method anew at every call.
     """
 
     def __init__(self, verifier: Verifier, *, max_in_flight: int, max_waiting: int, log_ok_sample: float = 0.0) -> None:
         self.admission = Admission(max_in_flight, max_waiting)
         self.largest_request = FOREIGN_REQUEST_BYTES
+        self._foreign_admission = Admission(0, FOREIGN_STREAMS)
         self._verifier = verifier
         self._log_ok_sample = log_ok_sample
         self._streams: dict[int, tuple[Call, asyncio.Task[Any]]] = {}
@@ -154,11 +160,11 @@ class Chain(grpc.aio.ServerInterceptor):
             parse = policy.request_class.FromString
             handler: grpc.RpcMethodHandler[Any, Any]
             if policy.server_streaming:
-                handler = grpc.unary_stream_rpc_method_handler(
-                    self._compose(policy, parse, _stream_servicer(method), stream=True)
-                )
+                behaviour = self._compose(policy, parse, _stream_servicer(method), self._admission_of_stream)
+                handler = grpc.unary_stream_rpc_method_handler(behaviour)
             else:
-                handler = grpc.unary_unary_rpc_method_handler(self._compose(policy, parse, _unary_servicer(method)))
+                behaviour = self._compose(policy, parse, _unary_servicer(method), self._admission)
+                handler = grpc.unary_unary_rpc_method_handler(behaviour)
             self._handlers[policy.full_method] = handler
 
     def mount(self, permission: str) -> Any:
@@ -176,10 +182,9 @@ class Chain(grpc.aio.ServerInterceptor):
             )
             self._handlers[policy.full_method] = self._compose_foreign(policy, handler)
 
-    async def intercept_service(self, continuation: object, details: grpc.HandlerCallDetails) -> Any:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
         """The composed handler of a method; the one for unknown methods else."""
-        del continuation
-        return self._handlers.get(details.method, self._unknown)
+        return self._handlers.get(handler_call_details.method, self._unknown)
 
     def end_streams(self) -> None:
         """End every open stream with UNAVAILABLE, SERVER_STOPPING: for the time of shutting down."""
@@ -194,16 +199,13 @@ class Chain(grpc.aio.ServerInterceptor):
         policy: Policy,
         parse: Callable[[bytes], Any] | None,
         servicer: Step,
-        *,
-        stream: bool = False,
-        counted: bool = True,
+        admission: Callable[[Step], Step] | None,
     ) -> Callable[[Any, Context], Awaitable[Any]]:
-        """The behaviour gRPC calls. counted: false for what must be answered by a full server too, as health."""
-        admission = self._admission_of_stream if stream else self._admission
+        """The behaviour gRPC calls. admission: that layer; none for what a full server must answer too, as health."""
         layers: dict[str, Callable[[Step], Any]] = {
             "telemetry": lambda inner: self._telemetry(policy, inner),
             "errors": _errors,
-            "admission": lambda inner: admission(inner) if counted else inner,
+            "admission": lambda inner: admission(inner) if admission else inner,
             "auth": lambda inner: self._auth(policy.permission, inner) if policy.permission else inner,
             "parse": lambda inner: _parse(policy.max_request_bytes, parse, inner) if parse else inner,
             "servicer": lambda inner: inner,
@@ -215,11 +217,12 @@ class Chain(grpc.aio.ServerInterceptor):
 
     def _compose_foreign(self, policy: Policy, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         parse = handler.request_deserializer
+        of_stream = self._admission_of_foreign_stream
         if handler.request_streaming and handler.response_streaming:
-            behaviour = self._compose(policy, None, _foreign_stream(handler.stream_stream), stream=True)
+            behaviour = self._compose(policy, None, _foreign_stream(handler.stream_stream), of_stream)
             return grpc.stream_stream_rpc_method_handler(behaviour, parse, handler.response_serializer)
         if handler.response_streaming:
-            behaviour = self._compose(policy, parse, _foreign_stream(handler.unary_stream), stream=True)
+            behaviour = self._compose(policy, parse, _foreign_stream(handler.unary_stream), of_stream)
             return grpc.unary_stream_rpc_method_handler(behaviour, None, handler.response_serializer)
         if handler.request_streaming:
             raise NotImplementedError(f"{policy.full_method}: client streaming is not served")
@@ -230,7 +233,7 @@ class Chain(grpc.aio.ServerInterceptor):
             except NotImplementedError:
                 raise _unknown() from None
 
-        behaviour = self._compose(policy, parse, servicer, counted=False)
+        behaviour = self._compose(policy, parse, servicer, None)
         return grpc.unary_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
 
     def _compose_unknown(self) -> grpc.RpcMethodHandler[Any, Any]:
@@ -241,7 +244,7 @@ class Chain(grpc.aio.ServerInterceptor):
         async def servicer(_call: Call) -> NoReturn:
             raise _unknown()
 
-        return grpc.stream_stream_rpc_method_handler(self._compose(policy, None, servicer))
+        return grpc.stream_stream_rpc_method_handler(self._compose(policy, None, servicer, self._admission))
 
     # --- the layers ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +254,7 @@ class Chain(grpc.aio.ServerInterceptor):
         admission = self.admission
         sample = self._log_ok_sample
         observe = telemetry.RPC_SECONDS.observe
-        new_trace = telemetry.new_trace
+        new_trace = telemetry.Trace
         set_trace = telemetry.current_trace.set
         get_loop = asyncio.get_running_loop
 
@@ -309,8 +312,13 @@ class Chain(grpc.aio.ServerInterceptor):
         return layer
 
     def _admission_of_stream(self, inner: Step) -> Step:
+        return self._admission_of_streams(self.admission, inner)
+
+    def _admission_of_foreign_stream(self, inner: Step) -> Step:
+        return self._admission_of_streams(self._foreign_admission, inner)
+
+    def _admission_of_streams(self, admission: Admission, inner: Step) -> Step:
         """Count streams among the waiting; remember them, so that they can be ended."""
-        admission = self.admission
         streams = self._streams
 
         async def layer(call: Call) -> Any:

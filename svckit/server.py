@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import grpc
 import grpc.aio
 import structlog
 import uvloop
+from google.protobuf import descriptor_pool
 from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
@@ -107,7 +109,6 @@ class Server:
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         settings = self._settings
         self._server = grpc.aio.server(
-            interceptors=(self.chain,),
             options=[
                 *_OPTIONS,
                 # Somewhat above the largest limit of a method, so that callers see our own refusal with its reason.
@@ -115,6 +116,7 @@ class Server:
                 ("grpc.so_reuseport", int(settings.processes > 1)),
             ],
         )
+        self._server.add_generic_rpc_handlers((self.chain,))
         port = self._bind(self._server)
         self._start_metrics()
         await self._server.start()
@@ -156,7 +158,8 @@ class Server:
         if settings.reflection != "off":
             names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
-                reflection.aio.ReflectionServicer(names), chain.mount("" if settings.reflection == "open" else OPERATE)
+                reflection.aio.ReflectionServicer(names, _Symbols()),
+                chain.mount("" if settings.reflection == "open" else OPERATE),
             )
 
     def _bind(self, server: grpc.aio.Server) -> int:
@@ -253,6 +256,26 @@ class Server:
         self._stopped.set()
 
 
+class _Symbols:
+    """The default descriptor pool, which finds methods too: ghz asks for them, and the pool itself knows them not."""
+
+    def __init__(self) -> None:
+        self._pool = descriptor_pool.Default()
+
+    def FindFileContainingSymbol(self, symbol: str) -> Any:
+        """The file of a symbol. Raises KeyError."""
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            service, _, method = symbol.rpartition(".")
+            if method not in self._pool.FindServiceByName(service).methods_by_name:
+                raise
+            return self._pool.FindFileContainingSymbol(service)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+
 def run(main: Callable[[], Coroutine[Any, Any, None]], *, processes: int = 1) -> None:
     """Run a service's main on uvloop; a StartError is one line on stderr and exit 1.
 
@@ -263,8 +286,18 @@ def run(main: Callable[[], Coroutine[Any, Any, None]], *, processes: int = 1) ->
     if _INDEX in os.environ:
         # Nobody would stop these processes if the one that started them were killed.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    # What was imported lives as long as the process: the garbage collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+
+    async def whole() -> None:
+        await main()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # all is done: a second signal shall not turn this end into a failure
+
     try:
-        uvloop.run(main())
+        uvloop.run(whole())
     except StartError as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(1)

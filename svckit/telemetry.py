@@ -7,7 +7,6 @@ import re
 import sys
 from bisect import bisect_left
 from contextvars import ContextVar
-from dataclasses import dataclass
 from random import getrandbits
 from typing import TYPE_CHECKING, Any
 
@@ -26,31 +25,60 @@ _NO_TRACE = "0" * 32
 _NO_SPAN = "0" * 16
 
 
-@dataclass(frozen=True, slots=True)
 class Trace:
-    """Where a piece of work stands in a W3C trace. `parent_id` is empty at the root; `flags` are two hex digits."""
+    """Where a piece of work stands in a W3C trace: a new span, inside the caller's trace if its header is valid.
 
-    trace_id: str
-    span_id: str
-    parent_id: str
-    flags: str
+    trace_id, span_id and parent_id are lower-case hex, parent_id empty at the root; flags are two hex digits. They are
+    made when first asked for: many calls never need them.
+    """
+
+    __slots__ = ("_ids", "_traceparent")
+
+    def __init__(self, traceparent: str = "") -> None:
+        self._traceparent = traceparent
+        self._ids: tuple[str, str, str, str] | None = None
+
+    @property
+    def trace_id(self) -> str:
+        """32 digits."""
+        return (self._ids or self._make())[0]
+
+    @property
+    def span_id(self) -> str:
+        """16 digits."""
+        return (self._ids or self._make())[1]
+
+    @property
+    def parent_id(self) -> str:
+        """16 digits, or empty."""
+        return (self._ids or self._make())[2]
+
+    @property
+    def flags(self) -> str:
+        """01: sampled, 00: not."""
+        return (self._ids or self._make())[3]
 
     def traceparent(self) -> str:
         """The header for a call made as part of this span."""
-        return f"00-{self.trace_id}-{self.span_id}-{self.flags}"
+        trace_id, span_id, _, flags = self._ids or self._make()
+        return f"00-{trace_id}-{span_id}-{flags}"
 
-
-def new_trace(traceparent: str = "") -> Trace:
-    """A new span: inside the caller's trace if `traceparent` is a valid header, else at the root of a new trace."""
-    if traceparent:
-        match = _TRACEPARENT.fullmatch(traceparent)
+    def _make(self) -> tuple[str, str, str, str]:
+        span_id = f"{getrandbits(64) | 1:016x}"
+        self._ids = (f"{getrandbits(128) | 1:032x}", span_id, "", "01")
+        match = _TRACEPARENT.fullmatch(self._traceparent)
         if match:
             version, trace_id, parent_id, flags, rest = match.groups()
             # Version ff is forbidden, and only later versions may carry more than four fields.
             known = version != "ff" and (version != "00" or rest is None)
             if known and trace_id != _NO_TRACE and parent_id != _NO_SPAN:
-                return Trace(trace_id, f"{getrandbits(64) | 1:016x}", parent_id, "01" if int(flags, 16) & 1 else "00")
-    return Trace(f"{getrandbits(128) | 1:032x}", f"{getrandbits(64) | 1:016x}", "", "01")
+                self._ids = (trace_id, span_id, parent_id, "01" if int(flags, 16) & 1 else "00")
+        return self._ids
+
+
+def new_trace(traceparent: str = "") -> Trace:
+    """A new span below the one in the header, or at the root of a new trace."""
+    return Trace(traceparent)
 
 
 current_trace: ContextVar[Trace | None] = ContextVar("current_trace", default=None)

@@ -1,4 +1,4 @@
-"""A caller of the pair: any request, by its message, and the answer with its bytes, its trailers and its error's details."""
+"""A caller of the pair: any request, by its message, and the answer with its bytes, trailers and error details."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ OPERATE = "orchestrator.operate"
 PLANNER = "planner"
 WORKER = "worker"
 
-REASONS = frozenset(name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.keys())
+REASONS = frozenset(
+    name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.DESCRIPTOR.values_by_name
+)
 """Every reason that the contract knows."""
 
 PASSING = frozenset({"UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED", "RESOURCE_EXHAUSTED"})
@@ -126,8 +128,9 @@ class Answer:
 
     @property
     def refusal(self) -> tuple[str, str]:
-        """(code, reason) of an error that the server gave, with all that every error must have."""
-        assert not self.ok, f"OK: {self.response}"
+        """(code, reason) of an error that the server gave, with all that errors must have; ("OK", "") without one."""
+        if self.ok:
+            return "OK", ""
         assert self.code not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL), f"{self}"
         info = self.detail(error_details_pb2.ErrorInfo)
         assert info.domain == "orchestrator" and info.reason in REASONS, f"{self}"
@@ -265,7 +268,9 @@ class Agent:
 
     async def complete(self, claimed: tasks_pb.ClaimedTask, *, key: str = "", **result: Any) -> Answer:
         """The answer to completing the task under this lease."""
-        request = tasks_pb.CompleteTaskRequest(task_id=claimed.task.id, lease_id=claimed.lease_id, result=struct(result))
+        request = tasks_pb.CompleteTaskRequest(
+            task_id=claimed.task.id, lease_id=claimed.lease_id, result=struct(result)
+        )
         return await self.ask(request, key=key)
 
     async def fail(
@@ -303,7 +308,7 @@ class Agent:
 
 
 class Tenant:
-    """A tenant and its agents; every agent has all permissions and the roles `planner` and `worker` unless said otherwise."""
+    """A tenant and its agents. They have all permissions and the roles `planner` and `worker` unless said otherwise."""
 
     def __init__(self, issuer: Issuer, target: str, name: str = "") -> None:
         self.name = name or f"tenant-{secrets.token_hex(4)}"

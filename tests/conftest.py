@@ -8,6 +8,7 @@ there, in databases of the tests' own. With CI=true a skipped test is a failure.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -72,40 +73,67 @@ def postgres_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     server.stop()
 
 
-@pytest.fixture(scope="session")
-def new_database(postgres_engine: str) -> Iterator[Callable[..., str]]:
-    """A function that makes a database and answers its URL: `new_database(migrated=True)`. It drops all at the end."""
-    prefix = f"orchestrator_test_{secrets.token_hex(4)}"
-    made: list[str] = []
+class Databases:
+    """Makes databases on one server, and drops them."""
 
-    with psycopg.connect(postgres_engine, autocommit=True) as connection:
+    def __init__(self, url: str, connection: psycopg.Connection) -> None:
+        self._parts = urlsplit(url)
+        self._connection = connection
+        self._prefix = f"orchestrator_test_{secrets.token_hex(4)}"
+        self._numbers = itertools.count()
+        self._made: list[str] = []
+        self._template = self.create(migrated=False)
+        _migrate(self._template)
 
-        def create(*, migrated: bool = True) -> str:
-            name = f"{prefix}_{len(made)}"
-            template = made[0] if migrated else "template0"
-            connection.execute(
-                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+    def create(self, *, migrated: bool = True) -> str:
+        """The URL of a new database, at the newest schema or empty."""
+        name = f"{self._prefix}_{next(self._numbers)}"
+        template = _name(self._template) if migrated else "template0"
+        self._connection.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY").format(
+                sql.Identifier(name), sql.Identifier(template)
             )
-            made.append(name)
-            parts = urlsplit(postgres_engine)
-            return f"{parts.scheme}://{parts.netloc}/{name}" + (f"?{parts.query}" if parts.query else "")
+        )
+        self._made.append(name)
+        query = f"?{self._parts.query}" if self._parts.query else ""
+        return f"{self._parts.scheme}://{self._parts.netloc}/{name}{query}"
 
-        _migrate(create(migrated=False))
-        yield create
-        for name in made:
-            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+    def drop(self, *urls: str) -> None:
+        """Drop these databases, all when none is named, and end whatever is connected to them."""
+        for name in [_name(url) for url in urls] or [*self._made]:
+            self._connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+            self._made.remove(name)
+
+
+@pytest.fixture(scope="session")
+def databases(postgres_engine: str) -> Iterator[Databases]:
+    """The databases of this run."""
+    with psycopg.connect(postgres_engine, autocommit=True) as connection:
+        made = Databases(postgres_engine, connection)
+        yield made
+        made.drop()
+
+
+@pytest.fixture(scope="session")
+def new_database(databases: Databases) -> Callable[..., str]:
+    """A function that makes a database and answers its URL: `new_database(migrated=True)`. It stays to the end."""
+    return databases.create
 
 
 @pytest.fixture
-def database_url(new_database: Callable[..., str]) -> str:
+def database_url(databases: Databases) -> Iterator[str]:
     """The URL of a fresh database at the newest schema, for one test."""
-    return new_database()
+    url = databases.create()
+    yield url
+    databases.drop(url)
 
 
 @pytest.fixture
-def empty_database_url(new_database: Callable[..., str]) -> str:
+def empty_database_url(databases: Databases) -> Iterator[str]:
     """The URL of a fresh database with nothing in it, for one test."""
-    return new_database(migrated=False)
+    url = databases.create(migrated=False)
+    yield url
+    databases.drop(url)
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +150,7 @@ def redis_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     if binary is not None and not binary.exists():
         pytest.skip(f"{engine} is not here: `make tools` gets it (on Debian 12)")
     folder = tmp_path_factory.mktemp(engine)
-    server = Valkey(folder, port=free_port(), log=folder / "log", binary=binary)
+    server = Valkey(folder, port=free_port(), log=folder / "log", binary=binary, durable=False)
     server.start()
     yield server.url
     server.stop()
@@ -147,7 +175,7 @@ def own_postgres(tmp_path: Path) -> Iterator[Postgres]:
 @pytest.fixture
 def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
     """A running Valkey for this test alone, to be stopped, started, signalled and configured."""
-    server = Valkey(tmp_path / "own-valkey", port=free_port(), log=tmp_path / "own-valkey.log")
+    server = Valkey(tmp_path / "own-valkey", port=free_port(), log=tmp_path / "own-valkey.log", durable=False)
     server.start()
     yield server
     server.stop()
@@ -192,6 +220,10 @@ def pair(
     services.start()
     yield services
     services.stop()
+
+
+def _name(url: str) -> str:
+    return urlsplit(url).path.removeprefix("/")
 
 
 def _migrate(url: str) -> None:

@@ -39,7 +39,7 @@ class Tables:
 
     def rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """The rows of a query, or nothing for a statement that gives none."""
-        cursor = self._connection.execute(query, parameters)  # type: ignore[arg-type]
+        cursor = self._connection.execute(query, parameters)
         return cursor.fetchall() if cursor.description else []
 
     def one(self, query: str, *parameters: Any) -> Any:
@@ -66,9 +66,10 @@ class Tables:
         """A digest of all that the tenant has but guards: equal before and after when nothing was written."""
         return str(
             self.one(
-                "select md5(coalesce((select string_agg(s::text, ',' order by id) from sessions s where tenant = %s), '')"
-                " || coalesce((select string_agg(t::text, ',' order by id) from tasks t where tenant = %s), '')"
-                " || coalesce((select string_agg(a::text, ',' order by id) from audit_events a where tenant = %s), ''))",
+                "select md5(string_agg(content, ',')) from ("
+                " (select s::text as content from sessions s where tenant = %s order by id) union all"
+                " (select t::text from tasks t where tenant = %s order by id) union all"
+                " (select a::text from audit_events a where tenant = %s order by id)) c",
                 tenant,
                 tenant,
                 tenant,
@@ -105,7 +106,7 @@ class Tables:
         )
 
     def check(self) -> None:
-        """Every change has its one audit event, versions and states follow each other, and nothing was written twice."""
+        """Each change has one audit event, versions and states follow each other, and nothing was written twice."""
         assert (
             self.rows(
                 "with r as (select tenant, id, version, state from sessions"

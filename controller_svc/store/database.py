@@ -72,9 +72,8 @@ class Connection(psycopg.AsyncConnection[Any]):
 class Database:
     """The pools of one process, opened and kept by a task of its own.
 
-    `reading()` is for single reads, `groups` carries the writes in groups (`lanes` and one connection kept for the
-    statement that is sent again), `waiting` the statements that may wait for locks. Each has its connections for
-    itself, so none can starve another.
+    `reading()` is for single reads, `groups` for writes in groups (`lanes`, and one connection for the statement that is
+    sent again), `alone` for commands that wait for locks, `claims` for claims of tasks. None can starve another.
     """
 
     def __init__(self, url: str, *, lanes: int, on_change: Callable[[bool], None] = lambda up: None) -> None:
@@ -85,13 +84,14 @@ class Database:
         self._keeper: asyncio.Task[None] | None = None
         self._reads = self._pool("reads", 4)
         self.groups = self._pool("groups", lanes + 1)
-        self.waiting = self._pool("waiting", 4, lock_timeout=LOCK_MILLISECONDS)
+        self.alone = self._pool("alone", 4, lock_timeout=LOCK_MILLISECONDS)
+        self.claims = self._pool("claims", 4, lock_timeout=LOCK_MILLISECONDS)
 
     # -- life --
 
     async def open(self) -> None:
         """Starts to connect, in the background. Never waits for Postgres and never raises because it is away."""
-        for pool in (self._reads, self.groups, self.waiting):
+        for pool in self._pools():
             await pool.open(wait=False)
         self._keeper = asyncio.create_task(self._keep())
 
@@ -100,8 +100,11 @@ class Database:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        for pool in (self._reads, self.groups, self.waiting):
+        for pool in self._pools():
             await pool.close(timeout=2)
+
+    def _pools(self) -> tuple[AsyncConnectionPool[Connection], ...]:
+        return (self._reads, self.groups, self.alone, self.claims)
 
     @property
     def ready(self) -> bool:
@@ -249,7 +252,7 @@ def refusal(error: BaseException) -> ServiceError:
 def confirmed(connection: Connection, seconds: float) -> Iterator[None]:
     """Around a write: its outcome counts only if Postgres confirmed it, within `seconds`.
 
-    A watchdog cuts the socket instead of cancelling the statement: cancelled during COMMIT, Postgres reports success for
+    A watchdog cuts the socket instead of cancelling the statement: cancelled in COMMIT, Postgres reports success for
     what no standby has; when somebody else cancels it, only a warning says so. Raises OutcomeUnknownError.
     """
     connection.warned = False

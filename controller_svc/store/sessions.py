@@ -28,11 +28,14 @@ FILTERS = {
 }
 PAGE = " order by id desc limit %(limit)s"
 
+# A subquery that is a value is run for each row that comes to it; a join could be turned round, to read all tasks.
 EXPIRABLE = """
 select s.tenant, s.id from sessions s
-where s.end_time is null and s.expire_time <= statement_timestamp() and not exists (
-  select from tasks t
-  where t.tenant = s.tenant and t.session_id = s.id and t.state in ('PENDING', 'BLOCKED', 'RUNNING')
+where s.end_time is null and s.expire_time <= statement_timestamp() and not (
+  select exists (
+    select from tasks t
+    where t.tenant = s.tenant and t.session_id = s.id and t.state in ('PENDING', 'BLOCKED', 'RUNNING')
+  )
 )
 order by s.expire_time limit %(limit)s
 """

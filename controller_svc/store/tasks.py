@@ -65,15 +65,14 @@ limit %(limit)s
 # Answers the page's orphans and, if the page is full, its last row as the place to go on from.
 ROUND = """
 with page as materialized (
-  select tenant, session_id, id from tasks
-  where state in ('PENDING', 'BLOCKED', 'RUNNING') and (tenant, session_id, id) > (%(tenant)s, %(session_id)s, %(id)s)
-  order by tenant, session_id, id limit %(page)s
+  select t.tenant, t.session_id, t.id,
+    (select s.end_time from sessions s where s.tenant = t.tenant and s.id = t.session_id) is not null as orphan
+  from tasks t
+  where t.state in ('PENDING', 'BLOCKED', 'RUNNING')
+    and (t.tenant, t.session_id, t.id) > (%(tenant)s, %(session_id)s, %(id)s)
+  order by t.tenant, t.session_id, t.id limit %(page)s
 )
-(
-  select p.tenant, p.session_id, p.id, true as orphan from page p
-  join sessions s on s.tenant = p.tenant and s.id = p.session_id and s.end_time is not null
-  order by p.tenant, p.session_id, p.id limit %(limit)s
-)
+(select tenant, session_id, id, true from page where orphan order by tenant, session_id, id limit %(limit)s)
 union all
 (select tenant, session_id, id, false from page order by tenant, session_id, id offset %(page)s - 1)
 """

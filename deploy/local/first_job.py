@@ -39,9 +39,8 @@ class Agent:
         metadata = [("authorization", f"Bearer {self._token}")]
         if key is not None:
             metadata.append(("idempotency-key", key))
-        call = self._channel.unary_unary(method)(
-            request.SerializeToString(), timeout=15, metadata=aio.Metadata(*metadata)
-        )
+        multi: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(method)
+        call = multi(request.SerializeToString(), timeout=15, metadata=aio.Metadata(*metadata))
         content = await call
         trailers = dict(await call.trailing_metadata())
         return Answer(content, trailers.get("idempotency-replayed") == "true")
@@ -68,7 +67,8 @@ async def first_job(target: str, issuer: Issuer, say: Callable[[str], None]) -> 
         claim.wait.FromSeconds(5)
         done: set[str] = set()
         while task.id not in done:  # an earlier run may have left one of its own behind
-            claimed = tasks.ClaimTasksResponse.FromString((await worker.call(f"{_TASKS}ClaimTasks", claim)).content)
+            answer = await worker.call(f"{_TASKS}ClaimTasks", claim, str(uuid.uuid4()))
+            claimed = tasks.ClaimTasksResponse.FromString(answer.content)
             assert claimed.tasks, "the task was routed but cannot be claimed"
             for item in claimed.tasks:
                 say(f"worker  ClaimTasks     task {item.task.id}, attempt {item.task.attempt}")

@@ -145,14 +145,19 @@ class Postgres:
 class Valkey:
     """One Valkey (or Redis) server over `directory`, on loopback, with a password of its own kept in that folder.
 
-    Every write goes to its append-only file; a folder used before is gone on with.
+    Every write goes to its append-only file; a folder used before is gone on with. `durable=False` leaves out fsync: a
+    kill then loses nothing, but a crash of the machine may. With fsync, answered writes may wait in the server's memory
+    for up to two seconds while a slow fsync is under way, and a kill loses those.
     """
 
-    def __init__(self, directory: Path, *, port: int, log: Path, binary: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, port: int, log: Path, binary: Path | None = None, durable: bool = True
+    ) -> None:
         self._directory = directory
         self._port = port
         self._log = log
         self._binary = binary or embedded_valkey()
+        self._durable = durable
         self._child: Child | None = None
 
     @property
@@ -179,7 +184,7 @@ class Valkey:
             "dir": f'"{self._directory}"',
             "requirepass": self._password(),
             "appendonly": "yes",
-            "appendfsync": "everysec",
+            "appendfsync": "everysec" if self._durable else "no",
             "save": '""',
             "maxmemory-policy": "noeviction",
             "daemonize": "no",

@@ -35,6 +35,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except LocalError as fault:
+    except (LocalError, OSError) as fault:
         print(f"make token: {fault}", file=sys.stderr)
         sys.exit(1)

@@ -178,7 +178,7 @@ def _say(line: str) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except LocalError as fault:
+    except (LocalError, OSError) as fault:
         print(f"make up: {fault}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

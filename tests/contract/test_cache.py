@@ -689,6 +689,7 @@ async def test_a_redis_that_must_not_be_used(
             await until(lambda: not cache.ready)
             assert await refused(cache) == cause
             assert metric("orchestrator_redis_up") == 0
+            await until(lambda: changes == [True, False])
             await set_well(admin)
             await until(lambda: cache.ready)
         assert await claim(cache, new_scope()) == Acquired(1)
@@ -717,7 +718,7 @@ async def test_a_hidden_policy_is_trusted_with_a_warning(server: Valkey, admin: 
             assert await claim(cache, new_scope()) == Acquired(1)
             await asyncio.sleep(1.2)
             assert cache.ready
-    assert [line["event"] for line in logs] == ["redis_policy_hidden", "redis_ready", "redis_away"]
+    assert [line["event"] for line in logs] == ["redis_policy_hidden", "redis_ready"]
 
 
 async def test_a_wrong_password_is_a_cause_of_its_own(server: Valkey) -> None:
@@ -801,7 +802,7 @@ async def test_redis_away_at_the_start(server: Valkey) -> None:
         server.start()
         await until(lambda: cache.ready)
         assert await claim(cache, new_scope()) == Acquired(1)
-    assert changes == [True, False]
+    assert changes == [True]
 
 
 async def test_a_silent_address_costs_no_more_than_the_timeout() -> None:

@@ -51,7 +51,9 @@ async def _connect(url: str) -> Connection:
 
 def created() -> Decision:
     """A new session."""
-    command = CreateSession(actor=ACTOR, id=new_id(), agent_role="finance", task_id=None, metadata={"a": ["ü", 1.5, None]})
+    command = CreateSession(
+        actor=ACTOR, id=new_id(), agent_role="finance", task_id=None, metadata={"a": ["ü", 1.5, None]}
+    )
     return SESSIONS.create.decide(command, {}, datetime.now(UTC))
 
 
@@ -151,8 +153,8 @@ async def test_an_audit_row_says_who_what_and_by_which_command(connection: Conne
     command = write_of(activated(session), on_behalf_of="o", trace_id="abc")
     await outcomes(connection, command)
     cursor = await connection.execute(
-        "select tenant, method, resource_type, resource_id, version_before, version_after, state_before, state_after, subject,"
-        " role, on_behalf_of, trace_id, key_hash, command_id from audit_events order by id desc limit 1"
+        "select tenant, method, resource_type, resource_id, version_before, version_after, state_before, state_after,"
+        " subject, role, on_behalf_of, trace_id, key_hash, command_id from audit_events order by id desc limit 1"
     )
     assert await cursor.fetchone() == (
         *("t", "/test/Method", "session", session.id, 1, 2, "PENDING", "ACTIVE", "s", "finance", "o", "abc"),
@@ -165,7 +167,9 @@ async def test_a_scope_is_won_once_and_lost_ever_after(connection: Connection) -
     second = write_of(created(), scope=first.scope)
     assert await outcomes(connection, first) == [Outcome.WON]
     assert await outcomes(connection, second, write_of(created())) == [Outcome.LOST, Outcome.WON]
-    assert await outcomes(connection, first) == [Outcome.LOST], "the identical statement again is recognised by command id"
+    assert await outcomes(connection, first) == [Outcome.LOST], (
+        "the identical statement again is recognised by command id"
+    )
     guard = (await read_guards(connection, [("t", first.scope)]))[first.scope]
     assert guard.command_id == first.command_id
     assert await counts(connection) == (2, 0, 2, 2)
@@ -209,7 +213,13 @@ async def test_a_group_never_waits_for_a_row_a_parent_or_a_scope(connection: Con
     async with other.transaction():
         await other.execute("select from sessions where id = %s for update", (held.id,))
         await other.execute("select pg_advisory_xact_lock(%s)", (int.from_bytes(scope.scope[:8], "big", signed=True),))
-        group = [write_of(activated(held)), write_of(routed(held)), scope, write_of(activated(free)), write_of(routed(free))]
+        group = [
+            write_of(activated(held)),
+            write_of(routed(held)),
+            scope,
+            write_of(activated(free)),
+            write_of(routed(free)),
+        ]
         assert await outcomes(connection, *group) == [
             *(Outcome.STALE, Outcome.STALE, Outcome.BUSY),
             *(Outcome.WON, Outcome.WON),

@@ -7,14 +7,15 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from google.protobuf import descriptor_pool, json_format, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from google.protobuf.descriptor import FileDescriptor
 
 from orchestrator.controller.v1 import session_service_pb2, task_service_pb2
 
 CONNECTIONS = 8
 TIMEOUT_SECONDS = 20.0
 REPLAYS = 1000
-"""Sessions that are there before the first measurement, under the keys `replay-0`, `replay-1`, …: replay.json names it too."""
+"""Sessions that are there before anything is measured, with the keys `replay-0`, `replay-1`, … of replay.json."""
 
 ROLES = ("orchestrator.agent", "planner", "queue", "loop", "mix")
 """What the token holds. Tasks for `queue` are those of route and claim; `loop` and `mix` have roles of their own."""
@@ -34,6 +35,24 @@ def path(name: str) -> str:
     """The HTTP/2 path of the method that this configuration calls."""
     service, _, method = config(name)["call"].rpartition(".")
     return f"/{service}/{method}"
+
+
+def protoset() -> bytes:
+    """The protos of all these methods, with what they import, as a serialised FileDescriptorSet."""
+    files: dict[str, FileDescriptor] = {}
+
+    def add(file: FileDescriptor) -> None:
+        if file.name not in files:
+            for imported in file.dependencies:
+                add(imported)
+            files[file.name] = file
+
+    for file in _SERVICES:
+        add(file)
+    protos = descriptor_pb2.FileDescriptorSet()
+    for file in files.values():
+        file.CopyToProto(protos.file.add())
+    return protos.SerializeToString()
 
 
 def request(name: str, **values: str) -> bytes:

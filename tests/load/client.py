@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
 import grpc
@@ -95,6 +95,7 @@ class Client:
         self._count = itertools.count()
         self._create_request = request("create")
         self._list_request = request("list")
+        self._route_request = request("route")
         self._sessions: list[str] = []
         self._next_session: Iterator[str] = iter(())
         self._gets: Iterator[bytes] = iter(())
@@ -182,7 +183,7 @@ class Client:
             await self._work(caller, "mix", heartbeat=True)
 
     async def _route(self, caller: Caller, session: str, role: str) -> bytes | None:
-        message = task_service_pb2.RouteTaskRequest.FromString(_route_request())
+        message = task_service_pb2.RouteTaskRequest.FromString(self._route_request)
         message.session_id, message.target_role = session, role
         return await caller.call("route", message.SerializeToString(), self._with_key())
 
@@ -206,12 +207,6 @@ class Client:
         await caller.call("complete", complete.SerializeToString(), self._with_key())
 
 
-def _route_request(cached: list[bytes] = []) -> bytes:  # noqa: B006
-    if not cached:
-        cached.append(request("route"))
-    return cached[0]
-
-
 def _session_id(answer: bytes) -> str:
     return session_service_pb2.CreateSessionResponse.FromString(answer).session.id
 
@@ -224,10 +219,14 @@ def main() -> None:
             return Client(*json.loads(sys.stdin.readline()))
 
         client = runner.run(connect())
+        commands: dict[str, Callable[..., Coroutine[Any, Any, dict[str, Any]]]] = {
+            "prepare": client.prepare,
+            "fill": client.fill,
+            "measure": client.measure,
+        }
         for line in sys.stdin:
             name, *arguments = json.loads(line)
-            does = {"prepare": client.prepare, "fill": client.fill, "measure": client.measure}[name]
-            print(json.dumps(runner.run(does(*arguments))), flush=True)
+            print(json.dumps(runner.run(commands[name](*arguments))), flush=True)
 
 
 if __name__ == "__main__":

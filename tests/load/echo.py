@@ -1,4 +1,4 @@
-"""A bare grpc.aio server as its own process: it answers CreateSession with the same bytes always, and does nothing else.
+"""A bare grpc.aio server as its own process: it answers CreateSession, always with the same bytes, and nothing else.
 
 What it reaches is what a Python process can reach at most: nothing is parsed, checked, stored or counted here.
 """
@@ -23,7 +23,7 @@ async def serve(port: int) -> None:
 
     service, _, method = path("echo").removeprefix("/").partition("/")
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    handlers = {method: grpc.unary_unary_rpc_method_handler(respond)}
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {method: grpc.unary_unary_rpc_method_handler(respond)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     server.add_insecure_port(f"{LOOPBACK}:{port}")
     await server.start()

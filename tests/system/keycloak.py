@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import secrets
 import shutil
 import subprocess
 import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlencode, urlsplit
 
 from deploy.local.processes import LOOPBACK, ROOT, Child, free_port
 
@@ -27,7 +26,6 @@ _ARTIFACT = f"org.keycloak:keycloak-quarkus-dist:{VERSION}:zip"
 _ZIP_SHA256 = "1b6a11a2726ac8a8dc9c91d5fafe989a75ce4f1622d7f7b45c21d5bc16629c0a"
 _COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy"
 _FOLDER = ROOT / ".local" / "keycloak"
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback, whatever http_proxy says
 
 
 class KeycloakMissing(Exception):
@@ -65,13 +63,13 @@ class Keycloak:
 
     def change_account(self, access_token: str, profile: Mapping[str, object]) -> tuple[int, str]:
         """What a user's own change of their profile is answered: HTTP status and body."""
-        body = json.dumps(profile).encode()
         headers = {"Authorization": f"Bearer {access_token}", "Content-Type": "application/json"}
-        return _answer(urllib.request.Request(f"{self.issuer}/account/", body, headers, method="POST"))
+        return _answer("POST", f"{self.issuer}/account/", json.dumps(profile), headers)
 
     def _tokens(self, **form: str) -> dict[str, str]:
         url = f"{self.issuer}/protocol/openid-connect/token"
-        status, body = _answer(urllib.request.Request(url, urllib.parse.urlencode(form).encode()))
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        status, body = _answer("POST", url, urlencode(form), headers)
         if status != 200:
             raise TokenRefused(f"{status} {body}")
         return {name: value for name, value in json.loads(body).items() if name.endswith("_token")}
@@ -153,16 +151,18 @@ def _archive(folder: Path) -> Path:
 
 def _is_up(issuer: str) -> bool:
     try:
-        return _answer(urllib.request.Request(issuer))[0] == 200
-    except OSError:
+        return _answer("GET", issuer)[0] == 200
+    except (OSError, http.client.HTTPException):
         return False
 
 
-def _answer(request: urllib.request.Request) -> tuple[int, str]:
-    request.add_header("Accept", "application/json")
-    try:
-        with _direct.open(request, timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as refused:
-        with refused:
-            return refused.code, refused.read().decode()
+def _answer(
+    method: str, url: str, body: str | None = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Status and body of an HTTP request; no proxy is asked, whatever http_proxy says."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
+    with closing(connection):
+        connection.request(method, parts.path, body, {**(headers or {}), "Accept": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()

@@ -1,4 +1,4 @@
-"""Many writer processes, few rows, the same keys everywhere, no Redis, and bad luck: every write still takes effect once."""
+"""Many writer processes, few rows, the same keys, no Redis, and bad luck: every write still takes effect once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WRITERS = 4
     "seconds", [pytest.param(35, id="short"), pytest.param(600, id="soak", marks=pytest.mark.soak)]
 )
 def test_every_write_takes_effect_once_under_kills(database_url: str, tmp_path: Path, seconds: int) -> None:
-    """SIGKILL, ended backends and SIGSTOP for as long as the test lasts; then the history is held against the tables."""
+    """SIGKILL, SIGSTOP and ended backends all the while; then the answers are held against the tables."""
     rng = random.Random(7)
     keys = 400 * seconds
     sessions = _sessions(database_url, tmp_path)
@@ -72,7 +72,8 @@ def test_every_write_takes_effect_once_under_kills(database_url: str, tmp_path: 
                     case "backend":
                         ended += connection.execute(
                             "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
-                            " and application_name like 'controller_svc%%' and state = 'active' order by random() limit 1"
+                            " and application_name like 'controller_svc%%' and state = 'active'"
+                            " order by random() limit 1"
                         ).rowcount
     finally:
         for writer in writers.values():
@@ -81,10 +82,16 @@ def test_every_write_takes_effect_once_under_kills(database_url: str, tmp_path: 
             writer.wait()
 
     answers = _answers(tmp_path)
-    kept = {key: {answer for answer in given if answer[0] == 0 or answer[0] in STORED_CODES} for key, given in answers.items()}
+    kept = {
+        key: {answer for answer in given if answer[0] == 0 or answer[0] in STORED_CODES}
+        for key, given in answers.items()
+    }
     total = sum(sum(given.values()) for given in answers.values())
     codes = Counter(code for given in answers.values() for (code, _), n in given.items() for _ in range(n))
-    print(f"{total} answers over {len(answers)} keys, by code {dict(codes)}; {kills} kills, {stops} stops, {ended} ended backends")
+    print(
+        f"{total} answers over {len(answers)} keys, by code {dict(codes)};"
+        f" {kills} kills, {stops} stops, {ended} ended backends"
+    )
     assert total > 100 * seconds, "too little traffic for the run to count"
     assert kills and stops and ended
     assert [key for key, given in kept.items() if len(given) > 1] == []
@@ -98,7 +105,8 @@ def _sessions(url: str, directory: Path) -> Path:
     with psycopg.connect(url, autocommit=True) as connection:
         for id_ in ids:
             connection.execute(
-                "insert into sessions (tenant, id, version, agent_role, state, metadata, create_time, update_time, expire_time)"
+                "insert into sessions"
+                " (tenant, id, version, agent_role, state, metadata, create_time, update_time, expire_time)"
                 " values ('stress', %s, 1, 'writer', 'PENDING', '{}', now(), now(), now() + interval '7 days')",
                 (id_,),
             )
@@ -123,26 +131,29 @@ def _check_tables(url: str) -> None:
         def rows(query: Any) -> list[tuple[Any, ...]]:
             return connection.execute(query).fetchall()
 
-        assert rows(
-            "with r as (select id, version, case when id::text like '01000000-%' then 1 else 0 end as given"
-            "             from sessions union all select id, version, 0 from tasks),"
-            " a as (select resource_id, count(*) n, count(distinct version_after) d, min(version_after) low, max(version_after) high"
-            "         from audit_events group by resource_id)"
-            " select r.id, r.version, a.* from r left join a on a.resource_id = r.id"
-            " where coalesce(a.n, 0) <> r.version - r.given or coalesce(a.d, 0) <> coalesce(a.n, 0)"
-            "    or a.n > 0 and (a.high <> r.version or a.low <> 1 + r.given)"
-        ) == []
-        assert rows(
-            "select a.id from audit_events a left join idempotency_guards g on g.tenant = a.tenant and g.command_id = a.command_id"
-            " where g.command_id is null or g.code <> 0"
-        ) == []
-        assert rows(
-            "select resource_id, command_id from audit_events group by 1, 2 having count(*) > 1"
-        ) == []
+        assert (
+            rows(
+                "with r as (select id, version, case when id::text like '01000000-%' then 1 else 0 end as given"
+                "             from sessions union all select id, version, 0 from tasks),"
+                " a as (select resource_id, count(*) n, count(distinct version_after) d,"
+                "   min(version_after) low, max(version_after) high from audit_events group by resource_id)"
+                " select r.id, r.version, a.* from r left join a on a.resource_id = r.id"
+                " where coalesce(a.n, 0) <> r.version - r.given or coalesce(a.d, 0) <> coalesce(a.n, 0)"
+                "    or a.n > 0 and (a.high <> r.version or a.low <> 1 + r.given)"
+            )
+            == []
+        )
+        assert (
+            rows(
+                "select a.id from audit_events a left join idempotency_guards g"
+                " on g.tenant = a.tenant and g.command_id = a.command_id where g.command_id is null or g.code <> 0"
+            )
+            == []
+        )
+        assert rows("select resource_id, command_id from audit_events group by 1, 2 having count(*) > 1") == []
         assert rows("select deadlocks from pg_stat_database where datname = current_database()") == [(0,)]
         # A create's key names one new session or task: as many rows as OK guards with an audit row of version 1.
         assert rows(
             "select (select count(*) from sessions where id::text not like '01000000-%') + (select count(*) from tasks)"
             " - (select count(*) from audit_events where version_after = 1)"
         ) == [(0,)]
-

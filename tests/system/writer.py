@@ -1,9 +1,9 @@
-"""One writer process of the stress test: the real servicers, door and store, without idempotency_svc and without a socket.
+"""One writer process of the stress test: the real servicers, door and store, without idempotency_svc or a socket.
 
     python -m tests.system.writer DATABASE_URL OUTPUT SEED KEYS SESSIONS
 
-Calls with keys 0..KEYS-1 in any order, for ever; what a key asks for follows from its number alone, so that all writers ask the
-same. Each answer is a line `key code digest` in OUTPUT, written before the next call.
+Calls with keys 0..KEYS-1 in any order, for ever; what a key asks for follows from its number alone, so that all writers
+ask the same. Each answer is a line `key code digest` in OUTPUT, written before the next call.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def request_of(key: int, sessions: list[str]) -> tuple[str, Any]:
     session_id = rng.choice(sessions)
     data = Struct()
     data.update({"key": key, "n": {"x": [1, 2, key]}})
-    match rng.choice(("Create", "Update", "Activate", "Pause", "Resume", "Activate", "Pause", "Resume", "Route", "Missing", "Etag")):
+    match rng.choice(
+        ("Create", "Update", "Activate", "Pause", "Resume", "Activate", "Pause", "Resume", "Route", "Missing", "Etag")
+    ):
         case "Create":
             return "CreateSession", sessions_pb.CreateSessionRequest(agent_role=ROLE, metadata=data)
         case "Update":
@@ -65,7 +67,9 @@ def request_of(key: int, sessions: list[str]) -> tuple[str, Any]:
             request.update_mask.paths.append("metadata")
             return "UpdateSession", request
         case "Etag":
-            request = sessions_pb.UpdateSessionRequest(session_id=session_id, metadata=data, etag=str(rng.randrange(1, 200)))
+            request = sessions_pb.UpdateSessionRequest(
+                session_id=session_id, metadata=data, etag=str(rng.randrange(1, 200))
+            )
             request.update_mask.paths.append("metadata")
             return "UpdateSession", request
         case "Activate":
@@ -75,7 +79,9 @@ def request_of(key: int, sessions: list[str]) -> tuple[str, Any]:
         case "Resume":
             return "ResumeSession", sessions_pb.ResumeSessionRequest(session_id=session_id)
         case "Missing":
-            return "CompleteSession", sessions_pb.CompleteSessionRequest(session_id="01900000-0000-7000-8000-000000000000")
+            return "CompleteSession", sessions_pb.CompleteSessionRequest(
+                session_id="01900000-0000-7000-8000-000000000000"
+            )
         case _:
             return "RouteTask", tasks_pb.RouteTaskRequest(
                 session_id=session_id, type="ROUTING", target_role="reader", data=data
@@ -115,7 +121,10 @@ async def main(url: str, output: str, seed: int, keys: int, sessions: list[str])
         (task_servicer, tasks_pb.DESCRIPTOR.services_by_name["TaskService"]),
     ):
         for policy in policies(service, 16384).values():
-            table[policy.full_method.rpartition("/")[2]] = (policy, getattr(servicer, policy.full_method.rpartition("/")[2]))
+            table[policy.full_method.rpartition("/")[2]] = (
+                policy,
+                getattr(servicer, policy.full_method.rpartition("/")[2]),
+            )
     rng = random.Random(f"{seed}-{os.getpid()}")
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -125,7 +134,10 @@ async def main(url: str, output: str, seed: int, keys: int, sessions: list[str])
             name, request = request_of(key, sessions)
             policy, method = table[name]
             try:
-                code, answer = 0, await method(request, call_of(policy, request, key, rng.choice((0.05, 0.5, 5.0, 30.0))))
+                code, answer = (
+                    0,
+                    await method(request, call_of(policy, request, key, rng.choice((0.05, 0.5, 5.0, 30.0)))),
+                )
             except ServiceError as error:
                 code, answer = code_of(error).value[0], status_of(error).SerializeToString()
             os.write(descriptor, f"{key} {code} {hashlib.sha256(answer).hexdigest()[:24]}\n".encode())
@@ -134,4 +146,6 @@ async def main(url: str, output: str, seed: int, keys: int, sessions: list[str])
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]).read_text().split()))
+    asyncio.run(
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]).read_text().split())
+    )

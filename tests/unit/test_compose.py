@@ -303,6 +303,7 @@ def test_the_image_is_made_of_files_that_are_there() -> None:
 def test_the_image_has_the_locked_dependencies_and_no_others() -> None:
     (sync,) = re.findall(r"^RUN uv sync (.*)$", DOCKERFILE, re.MULTILINE)
     assert set(sync.split()) == {"--locked", "--no-default-groups", "--no-install-project"}
+    assert re.findall(r"^COPY --from=build (.*)$", DOCKERFILE, re.MULTILINE) == ["/app/.venv .venv"]
     uv = [sys.executable, "-m", "uv", "export", "--frozen", "--offline", "--no-default-groups", "--no-emit-project"]
     exported = subprocess.run(uv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     packages = set(re.findall(r"^([a-z0-9-]+)(?:\[[a-z,]+\])?==", exported, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Groups form while others run, and no item, caller or failure stops the queue; slots are taken together or not at all."""
+"""Groups form while others run and nothing stops the queue; slots are taken together or not at all."""
 
 from __future__ import annotations
 

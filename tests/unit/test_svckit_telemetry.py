@@ -1,0 +1,126 @@
+"""Trace context, the histogram, and log lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from svckit.telemetry import RpcSeconds, new_trace
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+SPAN = "b7ad6b7169203331"
+
+
+@pytest.mark.parametrize("flags", ["00", "01", "03", "ff"])
+def test_a_caller_s_trace_goes_on(flags: str) -> None:
+    trace = new_trace(f"00-{TRACE}-{SPAN}-{flags}")
+    assert (trace.trace_id, trace.parent_id) == (TRACE, SPAN)
+    assert trace.span_id != SPAN
+    assert trace.flags == ("01" if int(flags, 16) & 1 else "00")
+    assert trace.traceparent() == f"00-{TRACE}-{trace.span_id}-{trace.flags}"
+    assert new_trace(trace.traceparent()).parent_id == trace.span_id
+
+
+def test_a_later_version_is_understood() -> None:
+    assert new_trace(f"cc-{TRACE}-{SPAN}-01-what-the-future-will-be-like").trace_id == TRACE
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "x",
+        f"00-{TRACE}-{SPAN}",
+        f"00-{TRACE}-{SPAN}-01-more",
+        f"ff-{TRACE}-{SPAN}-01",
+        f"00-{'0' * 32}-{SPAN}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"00-{TRACE.upper()}-{SPAN}-01",
+        f"00-{TRACE[:-1]}-{SPAN}-01",
+        f"00-{TRACE}-{SPAN}-01\n",
+        f"00-{TRACE}-{SPAN}-0g",
+    ],
+)
+def test_anything_else_begins_a_new_trace(header: str) -> None:
+    trace = new_trace(header)
+    assert trace.trace_id != TRACE
+    assert trace.parent_id == ""
+    assert new_trace(trace.traceparent()).trace_id == trace.trace_id
+    assert new_trace(header).trace_id != trace.trace_id
+
+
+def test_one_sample_per_rpc() -> None:
+    histogram = RpcSeconds()
+    for seconds in (0.0001, 0.0005, 0.003, 100.0):
+        histogram.observe("/a/B", "OK", seconds)
+    histogram.observe("/a/B", "NOT_FOUND", 0.001)
+    assert histogram.count("/a/B", "OK") == 4
+    assert histogram.count("/a/B", "INTERNAL") == 0
+    registry = CollectorRegistry()
+    registry.register(histogram)
+    lines = generate_latest(registry).decode().splitlines()
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    def bucket(bound: str) -> float:
+        return values[f'orchestrator_rpc_seconds_bucket{{code="OK",le="{bound}",method="/a/B"}}']
+
+    assert [bucket(bound) for bound in ("0.0005", "0.002", "0.004", "32.0", "+Inf")] == [2, 2, 3, 3, 4]
+    assert values['orchestrator_rpc_seconds_count{code="OK",method="/a/B"}'] == 4
+    assert values['orchestrator_rpc_seconds_sum{code="OK",method="/a/B"}'] == pytest.approx(100.0036)
+
+
+PROGRAM = """
+import logging, warnings, structlog
+from svckit.telemetry import configure_logging, current_trace, new_trace
+configure_logging("INFO", "controller_svc")
+log = structlog.get_logger()
+log.debug("hidden")
+current_trace.set(new_trace("00-{trace}-{span}-01"))
+log.info("injection", text="line\\nfeed \\x1b[31m \\u2028", long="x" * 100000, number=1)
+try:
+    raise RuntimeError("inner")
+except RuntimeError:
+    log.exception("failed")
+logging.getLogger("some.library").warning("library %s", "says")
+logging.getLogger("some.library").info("library info")
+logging.getLogger("some.library").debug("hidden")
+warnings.warn("careful")
+"""
+
+
+def test_log_lines_are_json_one_per_line() -> None:
+    program = PROGRAM.replace("{trace}", TRACE).replace("{span}", SPAN)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == ""
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"].split(":")[0] for line in lines][:4] == [
+        "injection",
+        "failed",
+        "library says",
+        "library info",
+    ]
+    assert "careful" in lines[4]["event"]
+    for line in lines:
+        assert {"level", "timestamp", "service", "trace_id"} <= set(line)
+        assert line["trace_id"] == TRACE
+    assert lines[0]["text"] == "line\nfeed \x1b[31m \u2028"
+    assert len(lines[0]["long"]) < 3000
+    assert "RuntimeError: inner" in lines[1]["exception"]
+    assert (lines[2]["level"], lines[2]["logger"]) == ("warning", "some.library")
+
+
+def test_importing_changes_no_logging() -> None:
+    assert not any("structlog" in type(handler.formatter).__module__ for handler in logging.getLogger().handlers)
