@@ -20,7 +20,7 @@ from controller_svc.mutation import (
     Attempt,
     resource_busy,
 )
-from controller_svc.store.claims import OvertakenError, TaskClaim, claim_tasks, claimable, recorded
+from controller_svc.store.claims import TaskClaim, claim_tasks, claimable, recorded
 from controller_svc.store.database import (
     OutcomeUnknownError,
     confirmed,
@@ -188,12 +188,12 @@ class Claims:
                     raise resource_busy()
                 sent = False
                 try:
-                    async with self._database.claims.connection() as connection:
+                    async with self._database.claims.connection(attempt.remaining) as connection:
                         sent = True
                         with confirmed(connection, WATCHDOG_SECONDS):
                             outcome = await claim_tasks(connection, claim, respond)
-                except (psycopg.Error, PoolTimeout, OvertakenError, OutcomeUnknownError) as error:
-                    if is_lock_timeout(error) or is_collision(error) or isinstance(error, OvertakenError):
+                except (psycopg.Error, PoolTimeout, OutcomeUnknownError) as error:
+                    if is_lock_timeout(error) or is_collision(error):
                         continue
                     if not sent or not isinstance(error, (psycopg.OperationalError, OutcomeUnknownError)):
                         raise refusal(error) from error

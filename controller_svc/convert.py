@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
     from controller_svc.core.audit import RecordedAuditEvent
     from controller_svc.core.sessions import Session
+    from controller_svc.core.status import Component
     from controller_svc.core.tasks import HeartbeatResult, Task
-    from controller_svc.store.database import Component
     from orchestrator.controller.v1 import audit_service_pb2 as audit_pb
     from svckit.auth import Principal
 

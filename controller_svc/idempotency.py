@@ -15,7 +15,7 @@ import grpc
 import structlog
 from prometheus_client import Counter, Gauge
 
-from controller_svc.store.database import Component
+from controller_svc.core.status import Component
 from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
 from orchestrator.options.v1 import options_pb2
 from svckit.errors import InvalidArgument
@@ -36,6 +36,8 @@ _KEY = re.compile("[!-~]{1,255}")
 CLAIM_SECONDS = 0.25
 """What a claim may cost a call before Postgres decides alone."""
 COMPLETE_SECONDS = 2.0
+COMPLETE_GATHER = 0.01
+"""Seconds a completion waits for company. Who asks meanwhile finds the guard."""
 PROBE_SECONDS = 0.5
 TRIP_AFTER = 3
 """Slow batches in a row that open the breaker. A refused connection opens it at once."""
@@ -124,7 +126,9 @@ class Idempotency:
         self._slow = 0
         self._probe: asyncio.Task[None] | None = None
         self._claims: Groups[Claim] = Groups("claim", self._claim, self._not_claimed, max_size=128)
-        self._ends: Groups[_End] = Groups("complete", self._end, lambda end, error: DROPPED.inc(), max_size=128)
+        self._ends: Groups[_End] = Groups(
+            "complete", self._end, lambda end, error: DROPPED.inc(), max_size=256, gather=COMPLETE_GATHER, eager=False
+        )
 
     def component(self) -> Component:
         """For StatusService; `up` is None when switched off."""
@@ -138,7 +142,12 @@ class Idempotency:
         if not self._component.up:
             return None
         self._claims.put(claim)
-        return await claim.answered
+        try:
+            return await claim.answered
+        except asyncio.CancelledError:
+            if not claim.answered.cancelled():  # answered in the very turn in which the caller left
+                self._release_unused(claim, claim.answered.result())
+            raise
 
     def complete(self, scope: bytes, nonce: bytes, *, fingerprint: bytes, code: int, answer: bytes, ttl: float) -> None:
         """Tells, off the caller's path, the answer that Postgres keeps for the scope (a durable Complete)."""
@@ -205,11 +214,14 @@ class Idempotency:
         self._answer(claim, None)
 
     def _answer(self, claim: Claim, outcome: pb.ClaimOutcome | None) -> None:
-        kind = (outcome and outcome.WhichOneof("outcome")) or "away"
-        CLAIMS[kind].inc()
-        if not claim.answered.done():
+        CLAIMS[(outcome and outcome.WhichOneof("outcome")) or "away"].inc()
+        if claim.answered.done():
+            self._release_unused(claim, outcome)
+        else:
             claim.answered.set_result(outcome)
-        elif kind in ("acquired", "takeover"):
+
+    def _release_unused(self, claim: Claim, outcome: pb.ClaimOutcome | None) -> None:
+        if outcome is None or outcome.WhichOneof("outcome") in ("acquired", "takeover"):
             self.release(claim)
 
     def _later(self, end: _End) -> None:

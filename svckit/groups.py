@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import structlog
 from prometheus_client import Histogram
 
+from svckit.errors import ServiceError
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Iterable
 
@@ -30,8 +32,8 @@ class Groups(Generic[T]):
     `work(group)` settles each item by itself. What it raises is handed to `failed(item, error)` for every item of the
     group, so that no item can stop the queue. Nothing cancels a running group.
 
-    A lone item goes at once. When the last group had company, the next one waits up to `gather` seconds for as many
-    again: callers answered together come back together.
+    A lone item goes at once, unless `eager` is false: then nobody is kept by its waiting. When the last group had
+    company, the next one waits `gather` seconds for more: callers answered together come back together.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class Groups(Generic[T]):
         max_size: int = 64,
         lanes: int = 1,
         gather: float = 0.002,
+        eager: bool = True,
     ) -> None:
         self._work = work
         self._failed = failed
         self._max_size = max_size
         self._lanes = lanes
         self._gather = gather
+        self._eager = eager
         self._waiting: dict[T, None] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._last_size = 1
@@ -78,7 +82,7 @@ class Groups(Generic[T]):
     def _schedule(self) -> None:
         """Sees to it that a group starts: in the loop's next turn (what comes in this one joins), or after `gather`."""
         loop = asyncio.get_running_loop()
-        enough = 1 if self._last_size == 1 else self._max_size
+        enough = 1 if self._eager and self._last_size == 1 else self._max_size
         if enough == 1 or len(self._waiting) >= enough:
             if not self._launching:
                 self._launching = True
@@ -109,7 +113,8 @@ class Groups(Generic[T]):
         try:
             await self._work(group)
         except Exception as error:
-            log.exception("group failed", size=len(group))
+            if not isinstance(error, ServiceError):
+                log.exception("group failed", size=len(group))
             for item in group:
                 self._failed(item, error)
 

@@ -67,7 +67,7 @@ class AuditStore(Protocol):
         before: int | None,
         limit: int,
     ) -> Sequence[RecordedAuditEvent]:
-        """Must answer at most `limit` events with an id below `before`, by id descending.
+        """Must answer at most `limit` events that come after the event `before`, by (create_time, id) descending.
 
         Their create_time is at or after `start_time` and before `end_time`.
         """

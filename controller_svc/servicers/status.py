@@ -10,7 +10,7 @@ from controller_svc import convert
 from orchestrator.controller.v1 import status_service_pb2 as pb
 
 if TYPE_CHECKING:
-    from controller_svc.store.database import Component
+    from controller_svc.core.status import Component
     from svckit.interceptors import Call
 
 

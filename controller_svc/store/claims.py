@@ -23,16 +23,35 @@ if TYPE_CHECKING:
 MAX_ANSWER_BYTES = 1024 * 1024
 
 CLAIM = f"""
-with picked as materialized (
-  select t.id, t.priority, t.schedule_time,
-    octet_length(t.description) + octet_length(t.data::text) + octet_length(t.context::text)
-      + coalesce(octet_length(t.progress::text), 0) + 1024 as size
-  from tasks t join sessions s on s.tenant = t.tenant and s.id = t.session_id
-  where t.tenant = $1 and t.target_role = $2 and t.state = 'PENDING' and t.schedule_time <= statement_timestamp()
-    and s.state in ('PENDING', 'ACTIVE')
-  order by t.priority desc, t.schedule_time, t.id
+with recursive priorities(priority) as (
+  (
+    select priority from tasks where tenant = $1 and target_role = $2 and state = 'PENDING'
+      and not exists (
+        select from idempotency_guards g where g.tenant = $1 and g.scope = $12 and g.expire_time > clock_timestamp()
+      )
+    order by priority desc limit 1
+  )
+  union all
+  select (
+    select t.priority from tasks t
+    where t.tenant = $1 and t.target_role = $2 and t.state = 'PENDING' and t.priority < p.priority
+    order by t.priority desc limit 1
+  )
+  from priorities p where p.priority is not null
+), picked as materialized (
+  select due.* from priorities p cross join lateral (
+    select t.id, t.priority, t.schedule_time,
+      octet_length(t.description) + octet_length(t.data::text) + octet_length(t.context::text)
+        + coalesce(octet_length(t.progress::text), 0) + 1024 as size
+    from tasks t
+    where t.tenant = $1 and t.target_role = $2 and t.state = 'PENDING' and t.priority = p.priority
+      and t.schedule_time <= statement_timestamp()
+      and (select s.state from sessions s where s.tenant = t.tenant and s.id = t.session_id) in ('PENDING', 'ACTIVE')
+    order by t.schedule_time, t.id
+    limit $3
+    for no key update of t skip locked
+  ) due
   limit $3
-  for no key update of t skip locked
 ), kept as (
   select id from (
     select id, sum(size) over w - size as before from picked window w as (order by priority desc, schedule_time, id)
@@ -58,8 +77,6 @@ insert into idempotency_guards as k (tenant, scope, command_id, fingerprint, cod
 values ($1, $2, $3, $4, 0, $5, clock_timestamp(), clock_timestamp() + $6::bigint * interval '1 microsecond')
 on conflict (tenant, scope) do update set command_id = excluded.command_id, fingerprint = excluded.fingerprint,
   code = excluded.code, answer = excluded.answer, create_time = excluded.create_time, expire_time = excluded.expire_time
-where k.expire_time <= clock_timestamp()
-returning command_id
 """
 
 LOCK_GUARD = "select from idempotency_guards where tenant = $1 and scope = $2 for no key update"
@@ -67,10 +84,26 @@ LOCK_GUARD = "select from idempotency_guards where tenant = $1 and scope = $2 fo
 CLAIMABLE = """
 select k.tenant, k.role from unnest($1::text[], $2::text[]) as k(tenant, role)
 where exists (
-  select from tasks t join sessions s on s.tenant = t.tenant and s.id = t.session_id
-  where t.tenant = k.tenant and t.target_role = k.role and t.state = 'PENDING'
-    and t.schedule_time <= statement_timestamp()
-    and s.state in ('PENDING', 'ACTIVE')
+  with recursive priorities(priority) as (
+    (
+      select priority from tasks t where t.tenant = k.tenant and t.target_role = k.role and t.state = 'PENDING'
+      order by priority desc limit 1
+    )
+    union all
+    select (
+      select t.priority from tasks t
+      where t.tenant = k.tenant and t.target_role = k.role and t.state = 'PENDING' and t.priority < p.priority
+      order by t.priority desc limit 1
+    )
+    from priorities p where p.priority is not null
+  )
+  select from priorities p cross join lateral (
+    select from tasks t
+    where t.tenant = k.tenant and t.target_role = k.role and t.state = 'PENDING' and t.priority = p.priority
+      and t.schedule_time <= statement_timestamp()
+      and (select s.state from sessions s where s.tenant = t.tenant and s.id = t.session_id) in ('PENDING', 'ACTIVE')
+    order by t.schedule_time limit 1
+  ) due
 )
 """
 
@@ -94,10 +127,6 @@ class TaskClaim:
     lifetime: timedelta
 
 
-class OvertakenError(Exception):
-    """The guard could not be written although its scope was locked: nothing is claimed."""
-
-
 async def claim_tasks(
     connection: psycopg.AsyncConnection[Any], claim: TaskClaim, respond: Callable[[list[Task]], bytes]
 ) -> Guard | tuple[list[Task], bytes]:
@@ -107,11 +136,9 @@ async def claim_tasks(
     tasks: nothing is written. Raises psycopg.Error; when the connection is lost, `recorded` tells afterwards what
     happened.
     """
-    async with connection.transaction() as transaction:
+    async with connection.pipeline(), connection.transaction() as transaction:
+        # The claim takes its snapshot when the scope is ours: it sees a guard of before, and then claims nothing.
         await lock_scope(connection, claim.scope)
-        guard = (await read_guards(connection, [(claim.tenant, claim.scope)])).get(claim.scope)
-        if guard is not None:
-            return guard
         cursor = AsyncRawCursor(connection)
         await cursor.execute(
             CLAIM,
@@ -127,15 +154,20 @@ async def claim_tasks(
                 claim.trace_id,
                 claim.key_hash,
                 claim.command_id,
+                claim.scope,
             ),
             binary=True,
         )
         claimed = [tasks.from_row(row) for row in await cursor.fetchall()]
-        answer = respond(claimed)
         if not claimed:
             transaction.force_rollback = True
-            return claimed, answer
-        await cursor.execute(
+            guard = None
+            if claim.key_hash is not None:
+                guard = (await read_guards(connection, [(claim.tenant, claim.scope)])).get(claim.scope)
+            return guard or (claimed, respond(claimed))
+        answer = respond(claimed)
+        # Any guard it meets has expired: the scope is ours.
+        await AsyncRawCursor(connection).execute(
             GUARD,
             (
                 claim.tenant,
@@ -146,8 +178,6 @@ async def claim_tasks(
                 claim.lifetime // timedelta(microseconds=1),
             ),
         )
-        if not await cursor.fetchall():
-            raise OvertakenError
     return claimed, answer
 
 

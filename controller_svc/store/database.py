@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,17 @@ import structlog
 from psycopg import errors as pg
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
+from controller_svc.core.status import Component
 from controller_svc.store import arrays
 from controller_svc.store.migrate import MigrationError, migrate
+from controller_svc.store.read import read_rows
 from svckit.errors import InvalidArgument, ResourceExhausted, ServiceError, Unavailable
+from svckit.groups import Groups
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+
+    from controller_svc.core.mutations import Key
 
 log = structlog.get_logger(__name__)
 
@@ -36,15 +41,6 @@ _TRIPWIRE = "22012"
 
 A defect, not a caller's bad value.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Component:
-    """The state of a dependency. `up` is None where it is switched off; `since` is the time of the last change."""
-
-    up: bool | None
-    detail: str
-    since: datetime
 
 
 class OutcomeUnknownError(Exception):
@@ -72,8 +68,8 @@ class Connection(psycopg.AsyncConnection[Any]):
 class Database:
     """The pools of one process, opened and kept by a task of its own.
 
-    `reading()` is for single reads, `groups` for writes in groups (`lanes`, and one connection for the statement that is
-    sent again), `alone` for commands that wait for locks, `claims` for claims of tasks. None can starve another.
+    `reading()` is for reads, `groups` for writes in groups (`lanes`, and one connection to send a statement again),
+    `alone` for commands that wait for locks, `claims` for claims of tasks. None can starve another.
     """
 
     def __init__(self, url: str, *, lanes: int, on_change: Callable[[bool], None] = lambda up: None) -> None:
@@ -83,6 +79,7 @@ class Database:
         self._offset: float | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._reads = self._pool("reads", 4)
+        self._asks: Groups[_Ask] = Groups("read", self._read, _Ask.failed, lanes=2)
         self.groups = self._pool("groups", lanes + 1)
         self.alone = self._pool("alone", 4, lock_timeout=LOCK_MILLISECONDS)
         self.claims = self._pool("claims", 4, lock_timeout=LOCK_MILLISECONDS)
@@ -141,6 +138,22 @@ class Database:
         except (psycopg.Error, PoolTimeout, TooManyRequests) as error:
             raise refusal(error) from error
 
+    async def row(self, key: Key) -> Any:
+        """The key's row as it is now, None if there is none. Calls at the same time share one statement.
+
+        Raises ServiceError as `reading` does.
+        """
+        ask = _Ask(key)
+        self._asks.put(ask)
+        return await ask.answer
+
+    async def _read(self, asks: list[_Ask]) -> None:
+        async with self.reading() as connection:
+            found = await read_rows(connection, {ask.key for ask in asks})
+        for ask in asks:
+            if not ask.answer.done():
+                ask.answer.set_result(found[ask.key])
+
     async def _keep(self) -> None:
         """Connects, migrates, and asks for the time twice a second; tells what changes."""
         while True:
@@ -158,7 +171,7 @@ class Database:
                         assert row is not None
                         connected = True
                         self.learn(row[0])
-                        self._tell(True, "connected")
+                        self._tell(True, "")
                         await asyncio.sleep(PING_SECONDS)
             except (psycopg.Error, OSError, TimeoutError, MigrationError) as error:
                 if connected and not isinstance(error, TimeoutError):
@@ -168,14 +181,17 @@ class Database:
                 await asyncio.sleep(PING_SECONDS)
 
     def _tell(self, up: bool, detail: str) -> None:
-        if up == self._component.up:
+        """Keeps the state, and tells its changes: to the log every new detail, to `on_change` only up and away."""
+        was = self._component
+        if (up, detail) == (was.up, was.detail):
             return
-        self._component = Component(up, detail, datetime.now(UTC))
+        self._component = Component(up, detail, was.since if up == was.up else datetime.now(UTC))
         if up:
             log.info("postgres up")
         else:
             log.warning("postgres away", detail=detail)
-        self._on_change(up)
+        if up != was.up:
+            self._on_change(up)
 
     def _pool(self, name: str, size: int, **settings: int) -> AsyncConnectionPool[Connection]:
         async def configure(connection: Connection) -> None:
@@ -186,6 +202,9 @@ class Database:
             values = {
                 "statement_timeout": STATEMENT_SECONDS * 1000,
                 "idle_in_transaction_session_timeout": 10_000,
+                "timezone": "UTC",
+                # Each text is for one set of filters or tables: planned for its values it is no better, only dearer.
+                "plan_cache_mode": "force_generic_plan",
                 **settings,
             }
             for setting, value in values.items():
@@ -207,6 +226,18 @@ class Database:
                 "application_name": f"controller_svc {name}",
             },
         )
+
+
+@dataclass(slots=True, eq=False)
+class _Ask:
+    """A caller that waits for a row."""
+
+    key: Key
+    answer: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def failed(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 def unavailable() -> Unavailable:

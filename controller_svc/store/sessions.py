@@ -18,7 +18,6 @@ COLUMNS = (
     " start_time, pause_time, end_time"
 )
 
-GET = "select " + COLUMNS + " from sessions where tenant = %(tenant)s and id = %(id)s"
 LIST = "select " + COLUMNS + " from sessions where tenant = %(tenant)s and id < %(before)s"
 COUNT = "select count(*) from sessions where tenant = %(tenant)s"
 FILTERS = {
@@ -71,8 +70,8 @@ class Sessions:
 
     async def get(self, tenant: str, session_id: UUID) -> Session | None:
         """The tenant's session, None if it has no such session."""
-        rows = await self._fetch(GET, {"tenant": tenant, "id": session_id})
-        return from_row(rows[0]) if rows else None
+        row: Session | None = await self._database.row(Key("sessions", tenant, session_id))
+        return row
 
     async def list(
         self,

@@ -23,7 +23,6 @@ COLUMNS = (
     " start_time, end_time"
 )
 
-GET = "select " + COLUMNS + " from tasks where tenant = %(tenant)s and id = %(id)s"
 GET_AND_NOW = "select " + COLUMNS + ", clock_timestamp() from tasks where tenant = %(tenant)s and id = %(id)s"
 LIST = "select " + COLUMNS + " from tasks where tenant = %(tenant)s and id < %(before)s"
 COUNT = "select count(*) from tasks where tenant = %(tenant)s"
@@ -131,8 +130,8 @@ class Tasks:
 
     async def get(self, tenant: str, task_id: UUID) -> Task | None:
         """The tenant's task, None if it has no such task."""
-        rows = await self._fetch(GET, {"tenant": tenant, "id": task_id})
-        return from_row(rows[0]) if rows else None
+        row: Task | None = await self._database.row(Key("tasks", tenant, task_id))
+        return row
 
     async def list(
         self,

@@ -6,7 +6,7 @@ No idempotency_svc here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ from controller_svc.core.sessions import ChangeSession, CreateSession, Session, 
 from controller_svc.idempotency import Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store.database import Database
+from deploy.local.servers import Postgres
 from orchestrator.controller.v1 import session_service_pb2 as pb
 from svckit.auth import Principal
 from svckit.errors import (
@@ -107,7 +108,7 @@ class Client:
     async def rows(self, query: str) -> list[tuple[Any, ...]]:
         """What a stranger reads."""
         async with await psycopg.AsyncConnection.connect(self.url, autocommit=True) as connection:
-            return await (await connection.execute(query)).fetchall()  # type: ignore[arg-type]
+            return await (await connection.execute(query)).fetchall()
 
     async def session(self) -> Any:
         """The id of a new PENDING session."""
@@ -136,6 +137,11 @@ class _client:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.database.close()
+
+
+def numbered(n: int) -> dict[str, Any]:
+    """Metadata of its own."""
+    return {f"k{n}": n}
 
 
 async def settled(*calls: Any) -> list[Any]:
@@ -223,7 +229,7 @@ async def test_a_keyless_refusal_and_a_keyless_no_change_write_nothing(client: C
 
 async def test_many_changes_of_one_row_are_all_made_one_after_the_other(client: Client) -> None:
     session = await client.session()
-    answers = await asyncio.gather(*(client.update(session, f"k{n}", **{f"k{n}": n}) for n in range(60)))
+    answers = await asyncio.gather(*(client.update(session, f"k{n}", **numbered(n)) for n in range(60)))
     assert sorted(int(answer.split(" ")[2]) for answer in answers) == list(range(2, 62))
     assert await client.rows("select version, (select count(*) from jsonb_object_keys(metadata)) from sessions") == [
         (61, 60)
@@ -234,7 +240,7 @@ async def test_two_processes_at_one_row_and_one_key(client: Client) -> None:
     async with _client(client.url) as other:
         session = await client.session()
         answers = await asyncio.gather(
-            *(who.update(session, f"k{n}", **{f"k{n}": n}) for n in range(40) for who in (client, other))
+            *(who.update(session, f"k{n}", **numbered(n)) for n in range(40) for who in (client, other))
         )
         assert len(without_mark(answers)) == 40
         assert await client.rows("select version from sessions") == [(41,)]
@@ -326,12 +332,18 @@ async def test_the_followers_of_a_caller_that_leaves_go_on(client: Client) -> No
     assert without_mark(answers) == {f"{session} PENDING 3"}
 
 
-async def test_a_stopped_standby_makes_the_outcome_unknown_and_the_retry_settles_it(
-    client: Client, own_admin: Callable[..., Any]
-) -> None:
+async def test_a_stopped_standby_makes_the_outcome_unknown_and_the_retry_settles_it(own_postgres: Postgres) -> None:
     """A COMMIT that waits for a standby answers nothing: nothing is cancelled or doubled, and the key converges."""
-    await own_admin("alter system set synchronous_standby_names = 'ghost'")
-    try:
+
+    async def set_standbys(names: str) -> None:
+        async with await psycopg.AsyncConnection.connect(own_postgres.url, autocommit=True) as connection:
+            await connection.execute(f"alter system set synchronous_standby_names = '{names}'")
+            await connection.execute("select pg_reload_conf()")
+        await asyncio.sleep(0.3)
+
+    async with _client(own_postgres.url) as client:
+        await client.create("before")
+        await set_standbys("ghost")
         with pytest.raises(ServiceError) as unknown:
             await client.create("k", seconds=29)
         assert unknown.value.reason == "OUTCOME_UNKNOWN"
@@ -346,25 +358,10 @@ async def test_a_stopped_standby_makes_the_outcome_unknown_and_the_retry_settles
         with pytest.raises(ServiceError) as unknown:
             await impatient
         assert unknown.value.reason == "OUTCOME_UNKNOWN"
-    finally:
-        await own_admin("alter system reset synchronous_standby_names")
-    assert (await client.create("cancelled", seconds=29)).endswith("replayed")
-    answer = await client.create("k", seconds=29)
-    assert answer.endswith("replayed")
-    assert await client.rows("select count(*) from sessions") == [(2,)]
-
-
-@pytest.fixture
-def own_admin(postgres_engine: str) -> Callable[..., Any]:
-    """Changes the server's settings."""
-
-    async def admin(statement: str) -> None:
-        async with await psycopg.AsyncConnection.connect(postgres_engine, autocommit=True) as connection:
-            await connection.execute(statement)  # type: ignore[call-overload]
-            await connection.execute("select pg_reload_conf()")
-            await asyncio.sleep(0.2)
-
-    return admin
+        await set_standbys("")
+        for key in ("k", "cancelled"):
+            assert (await client.create(key, seconds=29)).endswith("replayed")
+        assert await client.rows("select count(*) from sessions") == [(3,)]
 
 
 async def test_without_postgres_the_answer_is_unavailable_and_nothing_is_written(client: Client) -> None:

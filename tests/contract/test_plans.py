@@ -377,19 +377,23 @@ async def test_write_of_a_group(database: Any, new: frozenset[str], changed: fro
         last(database).check()
 
 
+def claim_values(tenant: str, role: str, size: int) -> list[Any]:
+    """The parameters of CLAIM."""
+    limit = claims.MAX_ANSWER_BYTES
+    return [tenant, role, size, limit, "worker", "/a.B/C", role, "", "", None, uuid4(), b"s" * 32]
+
+
 @pytest.mark.parametrize("tenant", TENANTS)
 @pytest.mark.parametrize("role", ["role-0", "role-96", "role-none"])
 async def test_claim(database: Any, tenant: str, role: str) -> None:
     for size in (1, 20):
-        values = [tenant, role, size, claims.MAX_ANSWER_BYTES, "worker", "/a.B/C", role, "", "", None, uuid4()]
-        await database.explain(claims.CLAIM, values)
+        await database.explain(claims.CLAIM, claim_values(tenant, role, size))
         last(database).check(rows=5 * size)
 
 
 async def test_claim_passes_over_what_is_scheduled_for_later(database: Any) -> None:
     """However much of it there is, and of whatever priority."""
-    values = ["later", "role-0", 1, claims.MAX_ANSWER_BYTES, "worker", "/a.B/C", "role-0", "", "", None, uuid4()]
-    await database.explain(claims.CLAIM, values)
+    await database.explain(claims.CLAIM, claim_values("later", "role-0", 1))
     last(database).check(rows=10)
     await database.explain(claims.CLAIMABLE, [["later"], ["role-0"]])
     last(database).check(rows=10)

@@ -117,7 +117,7 @@ async def session_in(connection: Connection) -> Session:
     """A stored PENDING session."""
     decision = created()
     assert await outcomes(connection, write_of(decision)) == [Outcome.WON]
-    return decision.rows[0]  # type: ignore[return-value]
+    return decision.rows[0]
 
 
 async def count(connection: Connection, table: str) -> int:

@@ -22,8 +22,8 @@ from controller_svc.core.audit import RecordedAuditEvent
 from controller_svc.core.ids import new_id
 from controller_svc.core.mutations import Actor
 from controller_svc.core.sessions import MAX_METADATA_BYTES, Session, SessionState, metadata_size
+from controller_svc.core.status import Component
 from controller_svc.core.tasks import HeartbeatResult, Task, TaskError, TaskState
-from controller_svc.store.database import Component
 from orchestrator.controller.v1 import audit_service_pb2 as audit_pb
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import status_service_pb2 as status_pb
