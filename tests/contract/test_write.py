@@ -117,12 +117,12 @@ async def session_in(connection: Connection) -> Session:
     """A stored PENDING session."""
     decision = created()
     assert await outcomes(connection, write_of(decision)) == [Outcome.WON]
-    return decision.rows[0]
+    return decision.rows[0]  # type: ignore[return-value]
 
 
 async def count(connection: Connection, table: str) -> int:
     """Rows of a table."""
-    row = await (await connection.execute(f"select count(*) from {table}")).fetchone()  # type: ignore[arg-type]
+    row = await (await connection.execute(f"select count(*) from {table}")).fetchone()
     assert row is not None
     return int(row[0])
 

@@ -17,7 +17,7 @@ from tests.client import PLANNER, Agent, Answer, Tenant, spans, struct
 from tests.oracle import eventually
 from tests.system.conftest import World
 
-FAULTS = {"controller": 3, "idempotency": 2, "valkey": 1, "backends": 3}
+FAULTS = ["controller", "backends", "idempotency", "backends", "controller", "valkey", "backends"]
 """What is killed, and how often compared to the others."""
 
 
@@ -89,7 +89,7 @@ def _index(history: History, answer: Answer) -> int:
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(20, id="short"),
+        pytest.param(18, id="short"),
         pytest.param(300, id="soak", marks=[pytest.mark.soak, pytest.mark.timeout(1800)]),
     ],
 )
@@ -105,10 +105,12 @@ async def test_no_acknowledged_write_is_lost_or_doubled(seconds: int, world: Wor
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
 
-    while loop.time() < end or len(kills) < len(FAULTS):
+    faults: list[str] = []
+    while loop.time() < end:
         assert not load.done(), load.exception()
-        await asyncio.sleep(rng.uniform(0.2, 1))
-        fault = rng.choices(list(FAULTS), list(FAULTS.values()))[0]
+        await asyncio.sleep(rng.uniform(0.1, 0.8))
+        faults = faults or rng.sample(FAULTS, len(FAULTS))
+        fault = faults.pop()
         if fault == "backends":
             kills[fault] += world.tables.end_backends(only_active=rng.random() < 0.7)
         elif fault == "valkey":
@@ -123,11 +125,13 @@ async def test_no_acknowledged_write_is_lost_or_doubled(seconds: int, world: Wor
     stop.set()
     await load
     print(f"{len(history.acknowledged)} acknowledged, codes {dict(history.codes)}, kills {dict(kills)}")
+    assert set(kills) == set(FAULTS)
     assert len(history.acknowledged) > 20 * seconds, "too little traffic for the run to count"
 
     by_worker = (tasks_pb.ClaimTasksRequest, tasks_pb.CompleteTaskRequest)
-    for start in range(0, len(history.acknowledged), 50):
-        part = history.acknowledged[start : start + 50]
+    sample = rng.sample(history.acknowledged, min(4000, len(history.acknowledged)))
+    for start in range(0, len(sample), 50):
+        part = sample[start : start + 50]
         again = await asyncio.gather(
             *(
                 (working if isinstance(request, by_worker) else planning).insist(request, key=key, timeout=20)
