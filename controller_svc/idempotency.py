@@ -134,6 +134,16 @@ class Idempotency:
         """For StatusService; `up` is None when switched off."""
         return self._component
 
+    @property
+    def alone(self) -> bool:
+        """Whether a claim made now would go without company."""
+        return self._claims.alone
+
+    def announce(self, claim: Claim) -> None:
+        """Sends a claim whose outcome nobody waits for: others shall see that the key is being worked on."""
+        if self._component.up:
+            self._claims.put(claim)
+
     async def claim(self, claim: Claim) -> pb.ClaimOutcome | None:
         """What idempotency_svc says of the scope; None when it is away.
 
@@ -168,8 +178,11 @@ class Idempotency:
         )
 
     def release(self, claim: Claim) -> None:
-        """Gives up a claim for which nothing was written and nothing will be."""
-        self._later(_End(release=pb.ReleaseItem(scope=claim.scope, nonce=claim.nonce)))
+        """Gives up a claim for which nothing was written and nothing will be; if it is on its way, once it arrived."""
+        if claim.answered.done():
+            self._later(_End(release=pb.ReleaseItem(scope=claim.scope, nonce=claim.nonce)))
+        else:
+            claim.answered.add_done_callback(lambda answered: self.release(claim))
 
     async def close(self) -> None:
         """Sends what waits, for a moment, and stops."""

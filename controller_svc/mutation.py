@@ -264,6 +264,12 @@ class Door:
             if answer is not None:
                 return answer._replace(replayed=True)
         self._owners[attempt.scope] = attempt
+        if self._idempotency.alone and self._database.ready:
+            # With nobody to share steps with, the claim goes beside the work instead of before it. Postgres decides, as
+            # it does without idempotency_svc; the claim only tells others that the key is being worked on.
+            attempt.claim = self._new_claim(attempt)
+            self._idempotency.announce(attempt.claim)
+            return await work(attempt)
         try:
             answer = await self._claim(attempt, call)
         except BaseException as error:
@@ -294,7 +300,7 @@ class Door:
         """
         pause = FIRST_LOOK
         while True:
-            claim = Claim(attempt.scope, attempt.fingerprint, lease=max(min(attempt.remaining, 30.0), 0.0) + 2.0)
+            claim = self._new_claim(attempt)
             outcome = await self._idempotency.claim(claim)
             kind = outcome and outcome.WhichOneof("outcome")
             if outcome is None or kind in ("acquired", "takeover"):
@@ -316,6 +322,9 @@ class Door:
             with call.waiting():
                 await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_LOOK)
+
+    def _new_claim(self, attempt: Attempt) -> Claim:
+        return Claim(attempt.scope, attempt.fingerprint, lease=max(min(attempt.remaining, 30.0), 0.0) + 2.0)
 
     async def _recorded(self, attempt: Attempt) -> Answer:
         """The key has another fingerprint in a place that does not decide: the guard does."""

@@ -64,6 +64,11 @@ class Groups(Generic[T]):
         """The items that wait for a group."""
         return len(self._waiting)
 
+    @property
+    def alone(self) -> bool:
+        """Whether an item put now would have no company: nothing waits, nothing runs, and the last one had none."""
+        return self._last_size == 1 and not self._waiting and not self._running
+
     def put(self, item: T) -> None:
         """Adds an item; it starts with the next group that has room, in order of arrival."""
         self._waiting[item] = None
