@@ -36,7 +36,7 @@ _KEY = re.compile("[!-~]{1,255}")
 CLAIM_SECONDS = 0.25
 """What a claim may cost a call before Postgres decides alone."""
 COMPLETE_SECONDS = 2.0
-COMPLETE_GATHER = 0.01
+COMPLETE_GATHER = 0.02
 """Seconds a completion waits for company. Who asks meanwhile finds the guard."""
 PROBE_SECONDS = 0.5
 TRIP_AFTER = 3
@@ -109,10 +109,8 @@ class Claim:
     fingerprint: bytes
     lease: float
     """Seconds the owner may take."""
+    answered: asyncio.Future[pb.ClaimOutcome | None]
     nonce: bytes = field(default_factory=lambda: os.urandom(16))
-    answered: asyncio.Future[pb.ClaimOutcome | None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
 
 
 class Idempotency:

@@ -103,6 +103,7 @@ class Attempt:
     deadline: float
     """By the event loop's clock."""
     command_id: UUID
+    result: asyncio.Future[Answer | Exception]
     mutation: Mutation[Any] = None  # type: ignore[assignment]  # a claim of tasks has none
     command: Any = None
     respond: Callable[[Any], bytes] = lambda answer: b""
@@ -114,34 +115,32 @@ class Attempt:
     unsure: bool = False
     """Sent once without an answer, and no guard looked for since."""
     collisions: int = 0
-    result: asyncio.Future[Answer | Exception] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
     followers: list[asyncio.Future[Answer | None]] = field(default_factory=list)
 
     @property
     def remaining(self) -> float:
         """Seconds until the deadline."""
-        return self.deadline - asyncio.get_running_loop().time()
+        return self.deadline - self.result.get_loop().time()
 
 
 Decided = tuple[Attempt, Write]
 
 
-@dataclass(frozen=True, slots=True)
 class Lifetimes:
-    """How long answers are kept, in seconds."""
+    """How long answers are kept."""
 
-    ok: float
-    """OK answers are replayed this long."""
-    error: float
-    """Error answers are replayed at most this long."""
+    def __init__(self, ok: float, error: float) -> None:
+        """OK answers are replayed for `ok` seconds, error answers for at most `error` seconds."""
+        self.ok = ok
+        self.error = error
+        self._of_ok = timedelta(seconds=max(48 * 3600.0, ok + 24 * 3600.0))
+        self._of_error = timedelta(seconds=error)
 
     def of_guard(self, attempt: Attempt, code: int) -> timedelta:
         """By Postgres' clock. An OK answer's guard outlives its record in Redis by a day, whatever clocks say."""
         if attempt.key_hash is None:
             return KEYLESS_LIFE
-        return timedelta(seconds=self.error if code else max(48 * 3600.0, self.ok + 24 * 3600.0))
+        return self._of_error if code else self._of_ok
 
     def of_record(self, code: int, guard_left: timedelta) -> float:
         """Less than the guard's remaining life: Redis never answers what Postgres has forgotten."""
@@ -167,6 +166,7 @@ class Door:
         self.lifetimes = lifetimes
         self._always_require_key = always_require_key
         self._on_written = on_written
+        self._loop = asyncio.get_running_loop()
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}
         self._groups: Groups[Attempt] = Groups("write", self._in_group, self.settle, max_size=96, lanes=lanes)
@@ -194,8 +194,9 @@ class Door:
             scope=scope_of("keyless", command_id.hex),
             fingerprint=b"\0" * 32,
             key_hash=None,
-            deadline=asyncio.get_running_loop().time() + SWEEP_SECONDS,
+            deadline=self._loop.time() + SWEEP_SECONDS,
             command_id=command_id,
+            result=self._loop.create_future(),
             mutation=mutation,
             command=command,
         )
@@ -239,6 +240,7 @@ class Door:
             key_hash=key_hash,
             deadline=call.deadline,
             command_id=command_id,
+            result=self._loop.create_future(),
         )
 
     def tell(self, answer: Answer, call: Call) -> bytes:
@@ -281,7 +283,7 @@ class Door:
         return answer
 
     async def _follow(self, owner: Attempt, attempt: Attempt, call: Call) -> Answer | None:
-        follower: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+        follower: asyncio.Future[Answer | None] = self._loop.create_future()
         owner.followers.append(follower)
         with call.waiting():
             try:
@@ -324,7 +326,8 @@ class Door:
             pause = min(2 * pause, LAST_LOOK)
 
     def _new_claim(self, attempt: Attempt) -> Claim:
-        return Claim(attempt.scope, attempt.fingerprint, lease=max(min(attempt.remaining, 30.0), 0.0) + 2.0)
+        lease = max(min(attempt.remaining, 30.0), 0.0) + 2.0
+        return Claim(attempt.scope, attempt.fingerprint, lease, self._loop.create_future())
 
     async def _recorded(self, attempt: Attempt) -> Answer:
         """The key has another fingerprint in a place that does not decide: the guard does."""
@@ -373,9 +376,7 @@ class Door:
         keys = attempt.mutation.reads(attempt.command, {})
         overdue = None
         if not self._slots.take(attempt, (attempt.scope, *keys.change), self._line_up):
-            overdue = asyncio.get_running_loop().call_at(
-                attempt.deadline - MARGIN, self._leave, attempt, resource_busy()
-            )
+            overdue = self._loop.call_at(attempt.deadline - MARGIN, self._leave, attempt, resource_busy())
         try:
             result = await attempt.result
         except asyncio.CancelledError:
@@ -423,7 +424,7 @@ class Door:
                     outcomes = await self._send(connection, decided, wait)
             except (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError) as error:
                 if decided is not None:
-                    await self._mend(decided, error, wait, until=_time() + RESEND_SECONDS)
+                    await self._mend(decided, error, wait, until=self._loop.time() + RESEND_SECONDS)
                     return
                 if last_try or not isinstance(error, psycopg.OperationalError):
                     for attempt in attempts:
@@ -587,7 +588,7 @@ class Door:
         elif is_collision(error) or is_lock_timeout(error):
             for attempt, _ in decided:
                 self._again(attempt, alone=True)
-        elif _time() > until:
+        elif self._loop.time() > until:
             for attempt, _ in decided:
                 self.leave_open(attempt)
         else:
@@ -671,10 +672,6 @@ class Door:
         for follower in attempt.followers:
             if not follower.done():
                 follower.set_result(kept)
-
-
-def _time() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def _key_reused() -> FailedPrecondition:

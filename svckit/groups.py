@@ -53,6 +53,7 @@ class Groups(Generic[T]):
         self._lanes = lanes
         self._gather = gather
         self._eager = eager
+        self._loop = asyncio.get_running_loop()  # asked for once: each time costs a system call (Python 3.11)
         self._waiting: dict[T, None] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._last_size = 1
@@ -72,7 +73,7 @@ class Groups(Generic[T]):
     def put(self, item: T) -> None:
         """Adds an item; it starts with the next group that has room, in order of arrival."""
         self._waiting[item] = None
-        if len(self._running) < self._lanes:
+        if not self._launching and len(self._running) < self._lanes:
             self._schedule()
 
     def take_out(self, item: T) -> bool:
@@ -86,14 +87,13 @@ class Groups(Generic[T]):
 
     def _schedule(self) -> None:
         """Sees to it that a group starts: in the loop's next turn (what comes in this one joins), or after `gather`."""
-        loop = asyncio.get_running_loop()
         enough = 1 if self._eager and self._last_size == 1 else self._max_size
         if enough == 1 or len(self._waiting) >= enough:
             if not self._launching:
                 self._launching = True
-                loop.call_soon(self._launch)
+                self._loop.call_soon(self._launch)
         elif self._timer is None:
-            self._timer = loop.call_later(self._gather, self._launch)
+            self._timer = self._loop.call_later(self._gather, self._launch)
 
     def _launch(self) -> None:
         self._launching = False
@@ -110,7 +110,7 @@ class Groups(Generic[T]):
                 del self._waiting[item]
             self._last_size = len(group)
             self._sizes.observe(len(group))
-            task = asyncio.get_running_loop().create_task(self._run(group))
+            task = self._loop.create_task(self._run(group))
             self._running.add(task)  # the loop holds tasks weakly
             task.add_done_callback(self._ended)
 

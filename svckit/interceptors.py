@@ -290,11 +290,14 @@ class Chain(grpc.GenericRpcHandler):
     def _admission(self, inner: Step) -> Step:
         """Count unary calls and keep them to MAX_SECONDS."""
         admission = self.admission
+        loop: asyncio.AbstractEventLoop | None = None
 
         async def layer(call: Call) -> Any:
+            nonlocal loop
             if admission.in_flight >= admission.max_in_flight:
                 admission.refuse("TOO_MANY_IN_FLIGHT", "too many calls are in flight here")
-            loop = asyncio.get_running_loop()
+            if loop is None:  # asked for once: each time costs a system call (Python 3.11)
+                loop = asyncio.get_running_loop()
             latest = loop.time() + MAX_SECONDS
             # A deadline within the limit needs no timer: gRPC itself cancels the call when it passes.
             timer = None

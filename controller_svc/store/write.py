@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _MICROSECOND = timedelta(microseconds=1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Write:
     """One command's share of a statement: what is to be true afterwards, and the guard that makes it true once."""
 
