@@ -17,7 +17,7 @@ class ControllerSettings(OidcSettings, ServiceKeySettings):
     controller_port: Port = Field(default=8088, description="Port to listen on. 0: any.")
     database_url: SecretStr = Field(description="Postgres, as a libpq URL or connection string.")
     write_lanes: int = Field(
-        default=2, ge=1, le=16, description="Groups of writes under way at once, a connection each."
+        default=1, ge=1, le=16, description="Groups of writes under way at once, a connection each."
     )
     page_token_key: SecretStr = Field(
         description="Signs page tokens: at least 32 characters, the same on all replicas and across restarts."

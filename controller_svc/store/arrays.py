@@ -29,6 +29,8 @@ class Array(bytes):
     type: ClassVar[str]
     oid: ClassVar[int]
     element_oid: ClassVar[int]
+    equal_is_same: ClassVar[bool] = True
+    """Whether values that are equal in Python are encoded the same."""
 
     @staticmethod
     def encode(value: Any) -> bytes:
@@ -39,17 +41,23 @@ class Array(bytes):
     def of(cls, values: Sequence[Any]) -> Array:
         """The values, None for NULL, as an array. Raises ValueError or UnicodeError for what the type cannot hold."""
         encode = cls.encode
-        parts = []
-        nulls = 0
-        for value in values:
-            if value is None:
-                nulls = 1
-                parts.append(_NULL)
-            else:
-                data = encode(value)
-                parts.append(pack(">i", len(data)))
-                parts.append(data)
-        return cls(pack(">iiIii", 1, nulls, cls.element_oid, len(values), 1) + b"".join(parts))
+        first = values[0]
+        # Most columns of a group have one value throughout: tenant, method, state, no end time.
+        if first is None or cls.equal_is_same:
+            count = values.count(first)
+            if count == len(values):
+                element = _NULL if first is None else _element(encode(first))
+                return cls(cls._head(count, first is None) + element * count)
+        parts = [_NULL if value is None else _element(encode(value)) for value in values]
+        return cls(cls._head(len(parts), _NULL in parts) + b"".join(parts))
+
+    @classmethod
+    def _head(cls, count: int, nulls: bool) -> bytes:
+        return pack(">iiIii", 1, nulls, cls.element_oid, count, 1)
+
+
+def _element(data: bytes) -> bytes:
+    return pack(">i", len(data)) + data
 
 
 class Texts(Array):
@@ -86,6 +94,7 @@ class Jsons(Array):
     """What JSON can hold."""
 
     type, oid, element_oid = "jsonb[]", 3807, 3802
+    equal_is_same = False  # True == 1
 
     @staticmethod
     def encode(value: Any) -> bytes:  # noqa: D102
