@@ -96,8 +96,9 @@ class Callers:
         return self.user(self.permission(method), aud="somebody-else")
 
     def without_permission(self, method: MethodDescriptor) -> str:
-        """All permissions but the one that is needed; where that is of services only, all that users can have."""
-        return self.user(*(name for name in ALL_PERMISSIONS if name != self.permission(method)))
+        """All permissions but those that would do; where only services have one, all that users can have."""
+        enough = {self.permission(method), "orchestrator.operate"}
+        return self.user(*(name for name in ALL_PERMISSIONS if name not in enough))
 
     async def close(self) -> None:
         for agent in self._agents:

@@ -94,7 +94,7 @@ async def test_a_waiting_claim_gets_what_is_routed_then(tenant: Tenant) -> None:
     """Ten wait, three tasks come: three get one each, and the others go on waiting until their time is over."""
     agent = tenant.agent()
     session = await agent.create()
-    polls = [asyncio.create_task(agent.claim(wait=4)) for _ in range(10)]
+    polls = [asyncio.create_task(agent.claim(wait=2)) for _ in range(10)]
     await asyncio.sleep(0.3)
     tasks = [await agent.route(session.id) for _ in range(3)]
     answers = await asyncio.gather(*polls)

@@ -8,7 +8,7 @@ import secrets
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
-from tests.client import PLANNER, Agent, Answer, Tenant, struct
+from tests.client import PLANNER, WORKER, Agent, Answer, Tenant, struct
 from tests.system.conftest import World
 
 UNKNOWN = "01900000-0000-7000-8000-000000000000"
@@ -77,10 +77,28 @@ def slow_commits(world: World) -> Iterator[None]:
         world.tables.rows("drop function slow_commit cascade")
 
 
-@pytest.mark.parametrize("commits", [nullcontext, slow_commits], ids=["at any moment", "in commits"])
-async def test_ended_backends_double_nothing(
-    commits: Callable[[World], AbstractContextManager[None]], world: World, tenant: Tenant
-) -> None:
+@pytest.fixture(scope="module")
+def world(start_world: Callable[..., World]) -> World:
+    """The module's pair, with a proxy before Postgres."""
+    return start_world(proxied=True)
+
+
+async def test_backends_ended_at_any_moment(world: World, tenant: Tenant) -> None:
+    await _check_lost_connections(world, tenant, world.tables.end_backends)
+
+
+async def test_backends_ended_in_commits(world: World, tenant: Tenant) -> None:
+    with slow_commits(world):
+        await _check_lost_connections(world, tenant, world.tables.end_backends)
+
+
+async def test_answers_lost_after_commits(world: World, tenant: Tenant) -> None:
+    """Postgres has written; what it said got lost on its way to the controller."""
+    assert world.proxy is not None
+    await _check_lost_connections(world, tenant, world.proxy.lose_answers)
+
+
+async def _check_lost_connections(world: World, tenant: Tenant, lose: Callable[[], int]) -> None:
     """Keyed and keyless calls together: OK or UNAVAILABLE; what is said to be unwritten is; retries converge."""
     agent = tenant.agent(connections=2)
     sessions = [await agent.create() for _ in range(4)]
@@ -106,17 +124,15 @@ async def test_ended_backends_double_nothing(
 
     rng = random.Random(7)
     ended = 0
-    with commits(world):
-        callers = [asyncio.create_task(caller(number)) for number in range(40)]
-        async with asyncio.timeout(60):
-            while ended < 20:
-                await asyncio.sleep(rng.uniform(0.02, 0.2))
-                ended += world.tables.end_backends()
-        stop.set()
-        await asyncio.gather(*callers)
+    callers = [asyncio.create_task(caller(number)) for number in range(40)]
+    async with asyncio.timeout(60):
+        while ended < 12 or len(keyed) + len(keyless) + len(updates) < 300:
+            await asyncio.sleep(rng.uniform(0.002, 0.08))
+            ended += lose()
+    stop.set()
+    await asyncio.gather(*callers)
     first = [answers[0] for answers in keyed.values()]
     everything = [*first, *keyless.values(), *updates.values()]
-    assert len(everything) > 100
     assert {answer.code.name for answer in everything} <= {"OK", "UNAVAILABLE"}, Counter(map(str, everything))
     for name, answers in keyed.items():
         answers.append(await agent.ask(create(name), key=name))
@@ -136,6 +152,39 @@ async def test_ended_backends_double_nothing(
             assert count in (0, 1)
         else:
             assert count == 0, f"{answer}"
+    world.tables.check()
+
+
+async def test_claims_whose_answers_are_lost(world: World, tenant: Tenant) -> None:
+    """A claim asked again with its key gets the same tasks: each is claimed once, and no lease is waited for."""
+    assert world.proxy is not None
+    agent = tenant.agent(connections=2)
+    session = await agent.create()
+    tasks = await asyncio.gather(*(agent.route(session.id) for _ in range(400)))
+    done: list[str] = []
+
+    async def worker(number: int) -> None:
+        n = 0
+        while len(done) < len(tasks):
+            n += 1
+            claim = tasks_pb.ClaimTasksRequest(role=WORKER, max_tasks=2)
+            answer = await agent.insist(claim, key=f"{number}-{n}")
+            for claimed in answer.response.tasks:
+                request = tasks_pb.CompleteTaskRequest(task_id=claimed.task.id, lease_id=claimed.lease_id)
+                assert (await agent.insist(request, key=claimed.lease_id)).ok
+                done.append(claimed.task.id)
+
+    workers = asyncio.gather(*(worker(number) for number in range(6)))
+    rng = random.Random(2)
+    lost = 0
+    while not workers.done():
+        await asyncio.sleep(rng.uniform(0.02, 0.1))
+        lost += world.proxy.lose_answers() if rng.random() < 0.7 else world.tables.end_backends()
+    await workers
+    assert lost > 5
+    assert sorted(done) == sorted(task.id for task in tasks)
+    attempts = world.tables.rows("select attempt, count(*) from tasks where tenant = %s group by 1", tenant.name)
+    assert attempts == [(1, len(tasks))]
     world.tables.check()
 
 
