@@ -101,6 +101,7 @@ async def serve(settings: ControllerSettings) -> None:
     claims.stop()
     await sweepers.stop()
     await server.wait()
+    await claims.close()
     await door.close()
     await idempotency.close()
     if channel is not None:

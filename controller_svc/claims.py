@@ -18,7 +18,6 @@ from controller_svc.mutation import (
     WATCHDOG_SECONDS,
     Answer,
     Attempt,
-    resource_busy,
 )
 from controller_svc.store.claims import TaskClaim, claim_tasks, claimable, recorded
 from controller_svc.store.database import (
@@ -27,10 +26,11 @@ from controller_svc.store.database import (
     is_collision,
     is_lock_timeout,
     refusal,
+    resource_busy,
     unavailable,
 )
 from controller_svc.store.read import Guard
-from svckit.errors import ServiceError
+from svckit.errors import Aborted, ServiceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +78,11 @@ class Claims:
                 if not sleeper.done():
                     sleeper.set_result(False)
 
+    async def close(self) -> None:
+        """Returns when no claim is on its way any more."""
+        while self._running:
+            await asyncio.gather(*self._running, return_exceptions=True)
+
     def written(self, row: Row) -> None:
         """Takes note of a committed row: a pending task wakes one call that waits for its role."""
         if row.table == "tasks" and row.state == TaskState.PENDING:
@@ -100,6 +105,9 @@ class Claims:
                 given = await self._door.once(attempt, call, lambda attempt: self._take(attempt, command, answer))
             except NothingToClaimError:
                 pass
+            except Aborted:
+                if loop.time() < until:  # else the locks of others took the rest of the wait
+                    raise
             else:
                 self._wake(who)  # there may be more than this call took
                 return self._door.tell(given, call)
@@ -142,8 +150,8 @@ class Claims:
                 async with self._database.reading() as connection:
                     for who in await claimable(connection, self._sleepers):
                         self._wake(who)
-            except ServiceError as error:
-                log.warning("looking for claimable tasks failed", reason=error.reason)
+            except Exception:
+                log.exception("looking for claimable tasks failed")
 
     # -- the transaction --
 
@@ -211,8 +219,7 @@ class Claims:
                 taken.extend(tasks)
                 return self._door.finish(attempt, 0, body)
         except Exception as error:
-            if not attempt.result.done():
-                self._door.give_up(attempt, error)
+            self._door.give_up(attempt, error)
             raise
 
     async def _settled(self, attempt: Attempt) -> Guard | None:

@@ -42,7 +42,22 @@ PROBE_SECONDS = 0.5
 TRIP_AFTER = 3
 """Slow batches in a row that open the breaker. A refused connection opens it at once."""
 MAX_PENDING = 10_000
+MAX_PENDING_BYTES = 64 << 20
 """Completions and releases that may wait. Past it they are dropped: the guard in Postgres answers instead."""
+MAX_BATCH_BYTES = 3 << 20
+"""Of one Complete; idempotency_svc takes 4 MiB."""
+MAX_ANSWER_BYTES = 2 << 20
+"""Of one answer in Redis; a larger one is replayed from its guard."""
+_AWAY = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+"""What says that the service cannot be used at all; any other code is about the one batch."""
 
 _CLAIMS = Counter("orchestrator_claims_total", "Claims, by outcome; away: idempotency_svc or Redis is.", ["outcome"])
 CLAIMS = {kind: _CLAIMS.labels(kind) for kind in ("acquired", "takeover", "replay", "busy", "mismatch", "away")}
@@ -122,6 +137,7 @@ class Idempotency:
         self._ttl_millis = int(ttl * 1000)
         self._component = Component(None if stub is None else True, "", datetime.now(UTC))
         self._slow = 0
+        self._pending_bytes = 0
         self._probe: asyncio.Task[None] | None = None
         self._claims: Groups[Claim] = Groups("claim", self._claim, self._not_claimed, max_size=128)
         self._ends: Groups[_End] = Groups(
@@ -159,10 +175,11 @@ class Idempotency:
 
     def complete(self, scope: bytes, nonce: bytes, *, fingerprint: bytes, code: int, answer: bytes, ttl: float) -> None:
         """Tells, off the caller's path, the answer that Postgres keeps for the scope (a durable Complete)."""
-        if ttl < 1:
+        if ttl < 1 or len(answer) > MAX_ANSWER_BYTES:
             return
         self._later(
             _End(
+                size=len(answer) + 128,
                 complete=pb.CompleteItem(
                     scope=scope,
                     fingerprints=[pb.Fingerprint(kind=1, digest=fingerprint)],
@@ -171,7 +188,7 @@ class Idempotency:
                     answer=answer,
                     ttl_millis=int(ttl * 1000),
                     durable=True,
-                )
+                ),
             )
         )
 
@@ -188,6 +205,7 @@ class Idempotency:
             return
         try:
             async with asyncio.timeout(COMPLETE_SECONDS):
+                await self._claims.drained()
                 await self._ends.drained()
         except TimeoutError:
             log.warning("completions left unsent", count=len(self._ends))
@@ -236,27 +254,44 @@ class Idempotency:
             self.release(claim)
 
     def _later(self, end: _End) -> None:
-        if not self._component.up or len(self._ends) >= MAX_PENDING:
+        full = len(self._ends) >= MAX_PENDING or self._pending_bytes + end.size > MAX_PENDING_BYTES
+        if not self._component.up or full:
             DROPPED.inc()
             return
+        self._pending_bytes += end.size
         self._ends.put(end)
 
     async def _end(self, group: list[_End]) -> None:
         assert self._stub is not None
-        completes = [end.complete for end in group if end.complete is not None]
+        self._pending_bytes -= sum(end.size for end in group)
+        batch: list[pb.CompleteItem] = []
+        size = 0
+        for end in group:
+            if end.complete is not None:
+                if size + end.size > MAX_BATCH_BYTES:
+                    await self._tell(self._stub.Complete, pb.CompleteRequest(items=batch))
+                    batch, size = [], 0
+                batch.append(end.complete)
+                size += end.size
+        if batch:
+            await self._tell(self._stub.Complete, pb.CompleteRequest(items=batch))
         releases = [end.release for end in group if end.release is not None]
+        if releases:
+            await self._tell(self._stub.Release, pb.ReleaseRequest(items=releases))
+
+    async def _tell(self, rpc: Any, request: pb.CompleteRequest | pb.ReleaseRequest) -> None:
         try:
-            if completes:
-                await self._stub.Complete(pb.CompleteRequest(items=completes), timeout=COMPLETE_SECONDS)
-            if releases:
-                await self._stub.Release(pb.ReleaseRequest(items=releases), timeout=COMPLETE_SECONDS)
+            await rpc(request, timeout=COMPLETE_SECONDS)
         except grpc.aio.AioRpcError as error:
-            DROPPED.inc(len(group))
+            DROPPED.inc(len(request.items))
             self._failed(error)
 
     # -- breaker --
 
     def _failed(self, error: grpc.aio.AioRpcError) -> None:
+        if error.code() not in _AWAY:
+            log.error("idempotency_svc refused a batch", code=error.code().name, detail=error.details())
+            return
         self._slow += 1
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self._slow < TRIP_AFTER:
             return
@@ -275,7 +310,9 @@ class Idempotency:
             nothing = pb.ReleaseRequest(items=[pb.ReleaseItem(scope=os.urandom(32), nonce=os.urandom(16))])
             try:
                 await self._stub.Release(nothing, timeout=CLAIM_SECONDS)
-            except grpc.aio.AioRpcError:
+            except Exception as error:
+                if not isinstance(error, grpc.aio.AioRpcError):
+                    log.exception("looking for idempotency_svc failed")
                 continue
             self._slow = 0
             self._component = Component(True, "", datetime.now(UTC))
@@ -288,5 +325,7 @@ class Idempotency:
 class _End:
     """A completion or a release on its way."""
 
-    complete: Any = None
-    release: Any = None
+    complete: pb.CompleteItem | None = None
+    release: pb.ReleaseItem | None = None
+    size: int = 128
+    """About its bytes on the wire."""

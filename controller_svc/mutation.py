@@ -29,7 +29,9 @@ from controller_svc.store.database import (
     is_bad_data,
     is_collision,
     is_lock_timeout,
+    is_unknown,
     refusal,
+    resource_busy,
     unavailable,
 )
 from controller_svc.store.read import Guard, read_guards, read_rows
@@ -112,6 +114,7 @@ class Attempt:
     alone: bool = False
     look_at_guard: bool = False
     started: bool = False
+    settled: bool = False
     unsure: bool = False
     """Sent once without an answer, and no guard looked for since."""
     collisions: int = 0
@@ -204,8 +207,9 @@ class Door:
 
     async def close(self) -> None:
         """Returns when nothing is on its way any more."""
-        await self._groups.drained()
-        await self._alone.drained()
+        while self._groups.busy or self._alone.busy:
+            await self._groups.drained()
+            await self._alone.drained()
 
     # -- key --
 
@@ -266,19 +270,20 @@ class Door:
             if answer is not None:
                 return answer._replace(replayed=True)
         self._owners[attempt.scope] = attempt
-        if self._idempotency.alone and self._database.ready:
-            # With nobody to share steps with, the claim goes beside the work instead of before it. Postgres decides, as
-            # it does without idempotency_svc; the claim only tells others that the key is being worked on.
-            attempt.claim = self._new_claim(attempt)
-            self._idempotency.announce(attempt.claim)
-            return await work(attempt)
         try:
+            if self._idempotency.alone and self._database.ready:
+                # Nobody to share steps with: the claim goes beside the work, not before it. Postgres decides, as it does
+                # without idempotency_svc; the claim only tells others that the key is being worked on.
+                attempt.claim = self._new_claim(attempt)
+                self._idempotency.announce(attempt.claim)
+                return await work(attempt)
             answer = await self._claim(attempt, call)
+            if answer is None:
+                return await work(attempt)
         except BaseException as error:
-            self.give_up(attempt, error if isinstance(error, ServiceError) else _gone())
+            if not attempt.started:
+                self.give_up(attempt, error if isinstance(error, ServiceError) else _gone())
             raise
-        if answer is None:
-            return await work(attempt)
         self.settle(attempt, answer)
         return answer
 
@@ -337,7 +342,7 @@ class Door:
         return self.replay(attempt, guard)
 
     async def _guard(self, attempt: Attempt) -> Guard | None:
-        async with self._database.reading() as connection:
+        async with self._database.looking() as connection:
             return (await read_guards(connection, [(attempt.tenant, attempt.scope)])).get(attempt.scope)
 
     def replay(self, attempt: Attempt, guard: Guard) -> Answer:
@@ -433,7 +438,7 @@ class Door:
             else:
                 await self._settle_all(decided, outcomes, wait)
                 return
-            attempts = [attempt for attempt in attempts if not attempt.result.done()]
+            attempts = [attempt for attempt in attempts if not attempt.settled]
 
     def _pool(self, wait: bool) -> AsyncConnectionPool[Connection]:
         return self._database.alone if wait else self._database.groups
@@ -550,7 +555,7 @@ class Door:
     async def _settle_recorded(self, pairs: Sequence[Decided], outcomes: dict[Attempt, Outcome]) -> None:
         """The guards decide, read by a statement of its own: the one that met them saw an older snapshot."""
         try:
-            async with self._database.reading() as connection:
+            async with self._database.looking() as connection:
                 guards = await read_guards(connection, [(attempt.tenant, attempt.scope) for attempt, _ in pairs])
         except ServiceError:
             for attempt, _ in pairs:
@@ -575,19 +580,28 @@ class Door:
         self, decided: Sequence[Decided], error: Exception, wait: bool, *, until: float, collided: bool = False
     ) -> None:
         """A statement that was sent has failed: by cause, send it again whole, in halves, or its commands alone."""
-        if is_bad_data(error):
+        if is_collision(error) or is_lock_timeout(error):
+            unsure = [pair for pair in decided if pair[0].unsure]
+            if not collided and is_collision(error):
+                await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - jitter
+                await self._resend(decided, wait, until=until, collided=True, unknown=bool(unsure))
+                return
+            for attempt, _ in decided:
+                if not attempt.unsure:
+                    self._again(attempt, alone=True)
+            if unsure:  # what holds the locks may be the first sending itself
+                await self._mend(unsure, OutcomeUnknownError("under way"), wait, until=until)
+        elif not is_unknown(error):
             if len(decided) == 1:
-                self.give_up(decided[0][0], refusal(error))
+                attempt = decided[0][0]
+                if attempt.unsure and not is_bad_data(error):
+                    self.leave_open(attempt)
+                else:
+                    self.give_up(attempt, refusal(error))
                 return
             middle = len(decided) // 2
             for half in (decided[:middle], decided[middle:]):
                 await self._resend(half, wait, until=until, collided=collided, unknown=False)
-        elif is_collision(error) and not collided:
-            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311 - jitter
-            await self._resend(decided, wait, until=until, collided=True, unknown=False)
-        elif is_collision(error) or is_lock_timeout(error):
-            for attempt, _ in decided:
-                self._again(attempt, alone=True)
         elif self._loop.time() > until:
             for attempt, _ in decided:
                 self.leave_open(attempt)
@@ -647,22 +661,27 @@ class Door:
         Its claim is kept: no other may run meanwhile.
         """
         UNKNOWN.inc()
+        keyless = attempt.key_hash is None
         error = Unavailable(
             "OUTCOME_UNKNOWN",
-            "The database did not confirm the write. It may have happened; retry with the same idempotency key.",
-            retry_after=1.0,
+            "The database did not confirm the write, which may have happened. "
+            + ("Read before sending it again." if keyless else "Retry with the same idempotency key."),
+            retry_after=-1.0 if keyless else 1.0,
         )
         self.settle(attempt, error)
         return error
 
     def give_up(self, attempt: Attempt, error: Exception) -> None:
         """Ends an attempt that wrote nothing and never will: its claim is free again."""
+        if attempt.settled:
+            return
         if attempt.claim is not None:
             self._idempotency.release(attempt.claim)
         self.settle(attempt, error)
 
     def settle(self, attempt: Attempt, result: Answer | Exception) -> None:
         """Answers the caller and who waits with it; only a kept answer is theirs too."""
+        attempt.settled = True
         self._slots.give_back(attempt)
         if self._owners.get(attempt.scope) is attempt:
             del self._owners[attempt.scope]
@@ -690,11 +709,6 @@ def _in_progress(retry_after: float) -> Aborted:
 
 def _gone() -> Cancelled:
     return Cancelled("CANCELLED", "The caller went away.")
-
-
-def resource_busy() -> Aborted:
-    """Locks held by others until the caller's deadline."""
-    return Aborted("RESOURCE_BUSY", "The resource is being changed by others. Nothing was written.", retry_after=0.5)
 
 
 def _too_late() -> DeadlineExceeded:

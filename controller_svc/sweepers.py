@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 BATCH = 100
+MAX_UNDER_WAY = 1000
 LEASE_SECONDS = 0.25
 ORPHAN_SECONDS = 0.5
 EXPIRY_SECONDS = 5.0
 PURGE_SECONDS = 10.0
 """Pauses between two sweeps that found nothing more."""
 
-SWEPT = Counter("orchestrator_swept_total", "Rows the server changed or removed by itself, by sweep.", ["sweep"])
+SWEPT = Counter("orchestrator_swept_total", "Rows the server saw to by itself, by sweep.", ["sweep"])
 
 
 class Sweepers:
@@ -54,21 +55,22 @@ class Sweepers:
             (
                 "lost leases",
                 LEASE_SECONDS,
-                self._through_the_door(tasks.lost_leases, task_mutations.lose_lease, LoseLease),
+                self._through_the_door("lost leases", tasks.lost_leases, task_mutations.lose_lease, LoseLease),
             ),
             (
                 "orphans",
                 ORPHAN_SECONDS,
-                self._through_the_door(tasks.orphans, task_mutations.cancel_orphan, CancelOrphan),
+                self._through_the_door("orphans", tasks.orphans, task_mutations.cancel_orphan, CancelOrphan),
             ),
             (
                 "expiry",
                 EXPIRY_SECONDS,
-                self._through_the_door(sessions.expirable, session_mutations.expire, ChangeSession),
+                self._through_the_door("expiry", sessions.expirable, session_mutations.expire, ChangeSession),
             ),
             ("guards", PURGE_SECONDS, self._purge),
         ]
         self._tasks: list[asyncio.Task[None]] = []
+        self._applying: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Starts every sweep."""
@@ -86,7 +88,6 @@ class Sweepers:
             if self._database.ready:
                 try:
                     found = await sweep()
-                    SWEPT.labels(name).inc(found)
                 except ServiceError as error:
                     log.warning("sweep failed", sweep=name, reason=error.reason)
                 except Exception:
@@ -94,25 +95,48 @@ class Sweepers:
             await asyncio.sleep(pause if found < BATCH else 0.01)
 
     def _through_the_door(
-        self, find: Callable[[int], Awaitable[Sequence[Key]]], mutation: Mutation[Any], command: Callable[..., Any]
+        self,
+        name: str,
+        find: Callable[[int], Awaitable[Sequence[Key]]],
+        mutation: Mutation[Any],
+        command: Callable[..., Any],
     ) -> Callable[[], Awaitable[int]]:
+        under_way: set[Key] = set()
+
+        async def one(key: Key) -> None:
+            try:
+                await self._apply(name, mutation, command, key)
+            finally:
+                under_way.discard(key)
+
         async def sweep() -> int:
-            keys = await find(BATCH)
-            done = await asyncio.gather(*(self._apply(mutation, command, key) for key in keys))
-            return sum(done)
+            """Starts what is found and waits for nothing: a row that somebody holds keeps no other from being swept."""
+            if len(under_way) >= MAX_UNDER_WAY:
+                return 0
+            keys = [key for key in await find(BATCH + len(under_way)) if key not in under_way]
+            for key in keys:
+                under_way.add(key)
+                task = asyncio.create_task(one(key))
+                self._applying.add(task)
+                task.add_done_callback(self._applying.discard)
+            return len(keys)
 
         return sweep
 
-    async def _apply(self, mutation: Mutation[Any], command: Callable[..., Any], key: Key) -> bool:
+    async def _apply(self, name: str, mutation: Mutation[Any], command: Callable[..., Any], key: Key) -> None:
         """One row; one that fails is left for the next sweep and hinders no other."""
         actor: Actor = system_actor(key.tenant)
         try:
             await self._door.apply(mutation, command(actor=actor, id=key.id), actor)
         except ServiceError as error:
-            log.warning("not swept", method=mutation.method, id=str(key.id), reason=error.reason)
-            return False
-        return True
+            log.warning("not swept", sweep=name, id=str(key.id), reason=error.reason)
+        except Exception:
+            log.exception("not swept", sweep=name, id=str(key.id))
+        else:
+            SWEPT.labels(name).inc()
 
     async def _purge(self) -> int:
         async with self._database.reading() as connection:
-            return await purge(connection, BATCH * 5)
+            purged = await purge(connection, BATCH * 5)
+        SWEPT.labels("guards").inc(purged)
+        return purged

@@ -17,7 +17,8 @@ class ServiceError(Exception):
     reason: UPPER_SNAKE, stable, what programs compare. message: one sentence for a person, free of secrets.
     metadata: facts for programs. fields: (field path, description) of each bad request field.
     violations: (type, subject, description) of each precondition that does not hold.
-    retry_after: seconds after which the same call may succeed; None when waiting will not help.
+    retry_after: seconds after which the same call may succeed; None when waiting will not help; negative when a client
+    must not retry by itself.
     """
 
     def __init__(

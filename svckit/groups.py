@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextvars import Context, copy_context
+from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import structlog
@@ -29,8 +31,8 @@ GROUP_SIZE = Histogram(
 class Groups(Generic[T]):
     """Runs what is waiting in groups, at most `lanes` at a time; while they are on their way the next group forms.
 
-    `work(group)` settles each item by itself. What it raises is handed to `failed(item, error)` for every item of the
-    group, so that no item can stop the queue. Nothing cancels a running group.
+    `work(group)` settles each item by itself, in the context (so, the trace) of the group's first item. What it raises
+    is handed to `failed(item, error)` for every item: none can stop the queue. Nothing cancels a running group.
 
     A lone item goes at once, unless `eager` is false: then nobody is kept by its waiting. When the last group had
     company, the next one waits `gather` seconds for more: callers answered together come back together.
@@ -54,7 +56,7 @@ class Groups(Generic[T]):
         self._gather = gather
         self._eager = eager
         self._loop = asyncio.get_running_loop()  # asked for once: each time costs a system call (Python 3.11)
-        self._waiting: dict[T, None] = {}
+        self._waiting: dict[T, Context] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._last_size = 1
         self._launching = False
@@ -66,23 +68,28 @@ class Groups(Generic[T]):
         return len(self._waiting)
 
     @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._waiting or self._running)
+
+    @property
     def alone(self) -> bool:
         """Whether an item put now would have no company: nothing waits, nothing runs, and the last one had none."""
-        return self._last_size == 1 and not self._waiting and not self._running
+        return self._last_size == 1 and not self.busy
 
     def put(self, item: T) -> None:
         """Adds an item; it starts with the next group that has room, in order of arrival."""
-        self._waiting[item] = None
+        self._waiting[item] = copy_context()
         if not self._launching and len(self._running) < self._lanes:
             self._schedule()
 
     def take_out(self, item: T) -> bool:
         """Takes an item out before its start. False when it has started already, or never came."""
-        return self._waiting.pop(item, self) is None
+        return self._waiting.pop(item, None) is not None
 
     async def drained(self) -> None:
         """Returns when nothing waits and nothing runs."""
-        while self._waiting or self._running:  # noqa: ASYNC110 - once, at the end; an event would cost at every group
+        while self.busy:  # noqa: ASYNC110 - once, at the end; an event would cost at every group
             await asyncio.sleep(0.01)
 
     def _schedule(self) -> None:
@@ -101,27 +108,24 @@ class Groups(Generic[T]):
             self._timer.cancel()
             self._timer = None
         while self._waiting and len(self._running) < self._lanes:
-            group = []
-            for item in self._waiting:
-                group.append(item)
-                if len(group) == self._max_size:
-                    break
-            for item in group:
-                del self._waiting[item]
+            group = list(islice(self._waiting, self._max_size))
+            contexts = [self._waiting.pop(item) for item in group]
             self._last_size = len(group)
             self._sizes.observe(len(group))
-            task = self._loop.create_task(self._run(group))
+            task = self._loop.create_task(self._run(group), context=contexts[0])
             self._running.add(task)  # the loop holds tasks weakly
             task.add_done_callback(self._ended)
 
     async def _run(self, group: list[T]) -> None:
         try:
             await self._work(group)
-        except Exception as error:
+        except BaseException as error:
             if not isinstance(error, ServiceError):
                 log.exception("group failed", size=len(group))
             for item in group:
-                self._failed(item, error)
+                self._failed(item, error if isinstance(error, Exception) else RuntimeError("the group was cancelled"))
+            if not isinstance(error, Exception):
+                raise
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)

@@ -447,6 +447,8 @@ def _unforeseen(call: Call) -> errors.Internal:
 
 def _pushback(failure: errors.ServiceError) -> tuple[tuple[str, str], ...]:
     """What tells gRPC clients when to retry by themselves; a negative number: not at all."""
+    if failure.retry_after is not None and failure.retry_after < 0:
+        return (("grpc-retry-pushback-ms", "-1"),)
     if failure.retry_after is not None:
         return (("grpc-retry-pushback-ms", str(max(1, round(failure.retry_after * 1000)))),)
     if isinstance(failure, errors.ResourceExhausted):

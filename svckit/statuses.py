@@ -75,7 +75,7 @@ def status_of(error: errors.ServiceError) -> Status:
                 type=_text(kind, 64), subject=_text(subject, _VALUE_CHARS), description=_text(description, _VALUE_CHARS)
             )
         status.details.add().Pack(unmet)
-    if error.retry_after is not None:
+    if error.retry_after is not None and error.retry_after >= 0:
         delay = Duration()
         delay.FromMilliseconds(int(error.retry_after * 1000))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))

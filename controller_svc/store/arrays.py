@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
+from struct import error as struct_error
 from struct import pack
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,24 +41,26 @@ class Array(bytes):
     @classmethod
     def of(cls, values: Sequence[Any]) -> Array:
         """The values, None for NULL, as an array. Raises ValueError or UnicodeError for what the type cannot hold."""
-        encode = cls.encode
         first = values[0]
-        # Most columns of a group have one value throughout: tenant, method, state, no end time.
-        if first is None or cls.equal_is_same:
-            count = values.count(first)
-            if count == len(values):
-                element = _NULL if first is None else _element(encode(first))
-                return cls(cls._head(count, first is None) + element * count)
-        parts = [_NULL if value is None else _element(encode(value)) for value in values]
+        try:
+            # Most columns of a group have one value throughout: tenant, method, state, no end time.
+            if (first is None or cls.equal_is_same) and values.count(first) == len(values):
+                return cls(cls._head(len(values), first is None) + cls._element(first) * len(values))
+            parts = [cls._element(value) for value in values]
+        except struct_error as error:
+            raise ValueError(f"{cls.type}: {error}") from error
         return cls(cls._head(len(parts), _NULL in parts) + b"".join(parts))
+
+    @classmethod
+    def _element(cls, value: Any) -> bytes:
+        if value is None:
+            return _NULL
+        data = cls.encode(value)
+        return pack(">i", len(data)) + data
 
     @classmethod
     def _head(cls, count: int, nulls: bool) -> bytes:
         return pack(">iiIii", 1, nulls, cls.element_oid, count, 1)
-
-
-def _element(data: bytes) -> bytes:
-    return pack(">i", len(data)) + data
 
 
 class Texts(Array):

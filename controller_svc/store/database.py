@@ -20,7 +20,7 @@ from controller_svc.core.status import Component
 from controller_svc.store import arrays
 from controller_svc.store.migrate import MigrationError, migrate
 from controller_svc.store.read import read_rows
-from svckit.errors import InvalidArgument, ResourceExhausted, ServiceError, Unavailable
+from svckit.errors import Aborted, InvalidArgument, ResourceExhausted, ServiceError, Unavailable
 from svckit.groups import Groups
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class Connection(psycopg.AsyncConnection[Any]):
 class Database:
     """The pools of one process, opened and kept by a task of its own.
 
-    `reading()` is for reads, `groups` for writes in groups (`lanes`, and one connection to send a statement again),
-    `alone` for commands that wait for locks, `claims` for claims of tasks. None can starve another.
+    `reading()`, `looking()` and `beating()` are for reads and heartbeats, `groups` for writes in groups (`lanes`, and
+    one connection to send a statement again), `alone` for commands that wait for locks, `claims` for claims of tasks. None
+    can starve another.
     """
 
     def __init__(self, url: str, *, lanes: int, on_change: Callable[[bool], None] = lambda up: None) -> None:
@@ -81,6 +82,8 @@ class Database:
         self._reads = self._pool("reads", 4)
         self._asks: Groups[_Ask] = Groups("read", self._read, _Ask.failed, lanes=2)
         self.groups = self._pool("groups", lanes + 1)
+        self._looks = self._pool("looks", 2)
+        self._beats = self._pool("beats", 2, lock_timeout=LOCK_MILLISECONDS)
         self.alone = self._pool("alone", 4, lock_timeout=LOCK_MILLISECONDS)
         self.claims = self._pool("claims", 4, lock_timeout=LOCK_MILLISECONDS)
 
@@ -101,7 +104,7 @@ class Database:
             await pool.close(timeout=2)
 
     def _pools(self) -> tuple[AsyncConnectionPool[Connection], ...]:
-        return (self._reads, self.groups, self.alone, self.claims)
+        return (self._reads, self._looks, self._beats, self.groups, self.alone, self.claims)
 
     @property
     def ready(self) -> bool:
@@ -130,10 +133,27 @@ class Database:
 
         Raises ServiceError for whatever the database refuses or fails at.
         """
+        async with self._using(self._reads) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def looking(self) -> AsyncIterator[Connection]:
+        """As `reading`, for the door's looks at guards, which no long list may keep waiting."""
+        async with self._using(self._looks) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def beating(self) -> AsyncIterator[Connection]:
+        """As `reading`, for heartbeats, which wait for a row's lock a moment: Aborted RESOURCE_BUSY after it."""
+        async with self._using(self._beats) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def _using(self, pool: AsyncConnectionPool[Connection]) -> AsyncIterator[Connection]:
         if not self.ready:
             raise unavailable()
         try:
-            async with self._reads.connection() as connection:
+            async with pool.connection() as connection:
                 yield connection
         except (psycopg.Error, PoolTimeout, TooManyRequests) as error:
             raise refusal(error) from error
@@ -167,14 +187,20 @@ class Database:
                         log.info("migrated", versions=applied)
                     while True:
                         async with asyncio.timeout(STATEMENT_SECONDS):
-                            row = await (await connection.execute("select clock_timestamp()")).fetchone()
+                            row = await (
+                                await connection.execute("select clock_timestamp(), pg_is_in_recovery()")
+                            ).fetchone()
                         assert row is not None
+                        if row[1]:
+                            raise OSError("the server is a standby, and takes no writes")
                         connected = True
                         self.learn(row[0])
                         self._tell(True, "")
                         await asyncio.sleep(PING_SECONDS)
-            except (psycopg.Error, OSError, TimeoutError, MigrationError) as error:
-                if connected and not isinstance(error, TimeoutError):
+            except Exception as error:
+                if not isinstance(error, (psycopg.Error, OSError, MigrationError)):
+                    log.exception("keeping the connection to postgres failed")
+                if connected and isinstance(error, psycopg.Error):
                     continue  # a connection may end while Postgres goes on; only a refused new one says that it is away
                 text = str(error).strip()
                 self._tell(False, text.splitlines()[0] if text else type(error).__name__)
@@ -260,6 +286,17 @@ def is_collision(error: BaseException) -> bool:
     return isinstance(error, (pg.DeadlockDetected, pg.SerializationFailure))
 
 
+def is_unknown(error: BaseException) -> bool:
+    """Whether what was sent may have happened all the same: the connection was lost, or the commit not confirmed.
+
+    Any other error that Postgres reports says that the transaction was rolled back.
+    """
+    if isinstance(error, psycopg.Error):
+        state = error.sqlstate
+        return state is None or state[:2] in ("08", "53", "57") or state == "40003"
+    return isinstance(error, (OutcomeUnknownError, PoolTimeout))
+
+
 def is_lock_timeout(error: BaseException) -> bool:
     """Somebody held the lock longer than this statement may wait. Nothing was written."""
     return isinstance(error, pg.LockNotAvailable)
@@ -273,10 +310,19 @@ def refusal(error: BaseException) -> ServiceError:
         return ResourceExhausted("DATABASE_BUSY", "Too many calls wait for the database.", retry_after=0.5)
     if isinstance(error, (pg.QueryCanceled, PoolTimeout)):
         return Unavailable("DATABASE_BUSY", "The database did not answer in time.", retry_after=0.5)
+    if is_lock_timeout(error):
+        return resource_busy()
     if is_bad_data(error):
         log.error("value refused by the database", error=str(error))
         return InvalidArgument("VALUE_REFUSED", "The database cannot store one of the request's values.")
+    if not is_unknown(error):
+        log.error("refused by the database", sqlstate=getattr(error, "sqlstate", None), error=str(error))
     return unavailable()
+
+
+def resource_busy() -> Aborted:
+    """Locks were held by others for as long as this call may wait."""
+    return Aborted("RESOURCE_BUSY", "The resource is being changed by others. Nothing was written.", retry_after=0.5)
 
 
 @contextmanager
@@ -293,5 +339,5 @@ def confirmed(connection: Connection, seconds: float) -> Iterator[None]:
     finally:
         watchdog.cancel()
     if connection.warned:
-        connection.cut()
+        connection.pgconn.finish()
         raise OutcomeUnknownError("a warning came with the commit")

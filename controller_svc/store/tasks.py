@@ -201,8 +201,10 @@ class Tasks:
         key = {"tenant": tenant, "id": task_id}
         beat = {"lease_id": lease_id, "subject": subject, "progress": None if progress is None else Jsonb(progress)}
         while True:
-            for (lease_expire_time,) in await self._fetch(HEARTBEAT, key | beat):
-                return HeartbeatResult(lease_expire_time=lease_expire_time, cancelled=False)
+            async with self._database.beating() as connection:
+                row = await (await connection.cursor(binary=True).execute(HEARTBEAT, key | beat)).fetchone()
+            if row is not None:
+                return HeartbeatResult(lease_expire_time=row[0], cancelled=False)
             rows = await self._fetch(GET_AND_NOW, key)
             task, now = (from_row(rows[0]), rows[0][-1]) if rows else (None, self._database.now())
             refusal = lease_refusal(task, task_id, lease_id, subject, now)

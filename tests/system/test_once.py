@@ -89,7 +89,7 @@ async def test_backends_ended_at_any_moment(world: World, tenant: Tenant) -> Non
 
 async def test_backends_ended_in_commits(world: World, tenant: Tenant) -> None:
     with slow_commits(world):
-        await _check_lost_connections(world, tenant, world.tables.end_backends)
+        await _check_lost_connections(world, tenant, world.tables.end_backends, longest_pause=0.5)
 
 
 async def test_answers_lost_after_commits(world: World, tenant: Tenant) -> None:
@@ -98,7 +98,9 @@ async def test_answers_lost_after_commits(world: World, tenant: Tenant) -> None:
     await _check_lost_connections(world, tenant, world.proxy.lose_answers)
 
 
-async def _check_lost_connections(world: World, tenant: Tenant, lose: Callable[[], int]) -> None:
+async def _check_lost_connections(
+    world: World, tenant: Tenant, lose: Callable[[], int], *, longest_pause: float = 0.08
+) -> None:
     """Keyed and keyless calls together: OK or UNAVAILABLE; what is said to be unwritten is; retries converge."""
     agent = tenant.agent(connections=2)
     sessions = [await agent.create() for _ in range(4)]
@@ -126,8 +128,8 @@ async def _check_lost_connections(world: World, tenant: Tenant, lose: Callable[[
     ended = 0
     callers = [asyncio.create_task(caller(number)) for number in range(40)]
     async with asyncio.timeout(60):
-        while ended < 12 or len(keyed) + len(keyless) + len(updates) < 300:
-            await asyncio.sleep(rng.uniform(0.002, 0.08))
+        while ended < 12 or len(keyed) + len(keyless) + len(updates) < 200:
+            await asyncio.sleep(rng.uniform(0.002, longest_pause))
             ended += lose()
     stop.set()
     await asyncio.gather(*callers)
