@@ -272,8 +272,8 @@ class Door:
         self._owners[attempt.scope] = attempt
         try:
             if self._idempotency.alone and self._database.ready:
-                # Nobody to share steps with: the claim goes beside the work, not before it. Postgres decides, as it does
-                # without idempotency_svc; the claim only tells others that the key is being worked on.
+                # Nobody to share steps with: the claim goes beside the work, not before it. Postgres decides, as when
+                # idempotency_svc is away; the claim only tells others that the key is being worked on.
                 attempt.claim = self._new_claim(attempt)
                 self._idempotency.announce(attempt.claim)
                 return await work(attempt)

@@ -69,8 +69,8 @@ class Database:
     """The pools of one process, opened and kept by a task of its own.
 
     `reading()`, `looking()` and `beating()` are for reads and heartbeats, `groups` for writes in groups (`lanes`, and
-    one connection to send a statement again), `alone` for commands that wait for locks, `claims` for claims of tasks. None
-    can starve another.
+    one connection to send a statement again), `alone` for commands that wait for locks, `claims` for claims of tasks.
+    None can starve another.
     """
 
     def __init__(self, url: str, *, lanes: int, on_change: Callable[[bool], None] = lambda up: None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -16,11 +17,15 @@ import psycopg
 import pytest
 
 from controller_svc.core.ids import new_id
-from controller_svc.core.mutations import Actor
+from controller_svc.core.mutations import Actor, Key
 from controller_svc.core.sessions import ChangeSession, CreateSession, Session, SessionMutations, UpdateSession
+from controller_svc.core.tasks import TaskMutations
 from controller_svc.idempotency import Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store.database import Database
+from controller_svc.store.sessions import Sessions
+from controller_svc.store.tasks import Tasks
+from controller_svc.sweepers import Sweepers
 from deploy.local.servers import Postgres
 from orchestrator.controller.v1 import session_service_pb2 as pb
 from svckit.auth import Principal
@@ -335,15 +340,9 @@ async def test_the_followers_of_a_caller_that_leaves_go_on(client: Client) -> No
 async def test_a_stopped_standby_makes_the_outcome_unknown_and_the_retry_settles_it(own_postgres: Postgres) -> None:
     """A COMMIT that waits for a standby answers nothing: nothing is cancelled or doubled, and the key converges."""
 
-    async def set_standbys(names: str) -> None:
-        async with await psycopg.AsyncConnection.connect(own_postgres.url, autocommit=True) as connection:
-            await connection.execute(f"alter system set synchronous_standby_names = '{names}'")
-            await connection.execute("select pg_reload_conf()")
-        await asyncio.sleep(0.3)
-
     async with _client(own_postgres.url) as client:
         await client.create("before")
-        await set_standbys("ghost")
+        await _set_standbys(own_postgres, "ghost")
         with pytest.raises(ServiceError) as unknown:
             await client.create("k", seconds=29)
         assert unknown.value.reason == "OUTCOME_UNKNOWN"
@@ -358,10 +357,92 @@ async def test_a_stopped_standby_makes_the_outcome_unknown_and_the_retry_settles
         with pytest.raises(ServiceError) as unknown:
             await impatient
         assert unknown.value.reason == "OUTCOME_UNKNOWN"
-        await set_standbys("")
+        await _set_standbys(own_postgres, "")
         for key in ("k", "cancelled"):
             assert (await client.create(key, seconds=29)).endswith("replayed")
         assert await client.rows("select count(*) from sessions") == [(3,)]
+
+
+async def test_a_command_alone_whose_outcome_is_unknown_is_not_told_that_nothing_was_written(
+    own_postgres: Postgres,
+) -> None:
+    """It waits alone for a held row; when it has it, its COMMIT waits for a standby that does not answer."""
+    async with _client(own_postgres.url) as client:
+        session = await client.session()
+        async with await psycopg.AsyncConnection.connect(own_postgres.url) as stranger:
+            await stranger.execute("select from sessions where id = %s for update", (session,))
+            keyed = asyncio.create_task(client.update(session, "k", seconds=29, a=1))
+            await asyncio.sleep(1)
+            await _set_standbys(own_postgres, "ghost")
+            await stranger.rollback()
+        with pytest.raises(ServiceError) as unknown:
+            await keyed
+        assert unknown.value.reason == "OUTCOME_UNKNOWN"
+        await _set_standbys(own_postgres, "")
+        assert await client.update(session, "k", seconds=29, a=1) == f"{session} PENDING 2 replayed"
+
+
+async def _set_standbys(server: Postgres, names: str) -> None:
+    async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as connection:
+        await connection.execute(f"alter system set synchronous_standby_names = '{names}'")
+        await connection.execute("select pg_reload_conf()")
+    await asyncio.sleep(0.3)
+
+
+async def test_an_attempt_whose_caller_left_is_settled_when_its_group_is_tried_again(client: Client) -> None:
+    """Its key and its row are free afterwards, whatever became of its first connection."""
+    session = await client.session()
+    async with AsyncExitStack() as taken:
+        for _ in range(3):
+            await taken.enter_async_context(client.database.groups.connection())
+        leaving = asyncio.create_task(client.update(session, "k", a=1))
+        await asyncio.sleep(0.3)
+        leaving.cancel()
+        await settled(leaving)
+        await asyncio.sleep(1)  # the pool has refused a connection: the group is tried again
+    async with asyncio.timeout(10):
+        while client.door._owners or client.door._slots._held:
+            await asyncio.sleep(0.05)
+    assert (await client.update(session, "k", a=1)).startswith(f"{session} PENDING 2")
+    assert (await client.update(session, "other", a=2)).startswith(f"{session} PENDING 3")
+
+
+async def test_a_held_row_keeps_neither_other_heartbeats_nor_reads_nor_sweeps(client: Client) -> None:
+    session = await client.session()
+    ids = [new_id(), new_id()]
+    async with await psycopg.AsyncConnection.connect(client.url, autocommit=True) as connection:
+        for id_ in ids:
+            await connection.execute(
+                "insert into tasks (tenant, id, version, beat, session_id, type, from_role, target_role, description,"
+                " data, context, trace_id, priority, schedule_time, attempt, max_attempts, retry_backoff_us,"
+                " lease_timeout_us, state, lease_id, lease_holder, lease_expire_time, create_time, update_time,"
+                " start_time)"
+                " values ('t', %s, 2, 0, %s, 'X', 'finance', 'r', '', '{}', '{}', '', 0, now(), 1, 3, 0, 1000000,"
+                " 'RUNNING', gen_random_uuid(), 's', now() - interval '1 second', now(), now(), now())",
+                (id_, session),
+            )
+    tasks, task_mutations = Tasks(client.database), TaskMutations()
+    sweepers = Sweepers(
+        client.database,
+        client.door,
+        sessions=Sessions(client.database),
+        session_mutations=MUTATIONS,
+        tasks=tasks,
+        task_mutations=task_mutations,
+    )
+    async with await psycopg.AsyncConnection.connect(client.url) as stranger:
+        await stranger.execute("select from tasks where id = %s for update", (ids[0],))
+        beats = [asyncio.create_task(tasks.heartbeat("t", ids[0], new_id(), "s", None)) for _ in range(8)]
+        assert await client.database.row(Key("sessions", "t", session)) is not None
+        sweepers.start()
+        async with asyncio.timeout(5):
+            while (await client.rows(f"select state from tasks where id = '{ids[1]}'")) != [("PENDING",)]:
+                await asyncio.sleep(0.05)
+        assert all(isinstance(answer, ServiceError) for answer in await settled(*beats))
+    async with asyncio.timeout(15):
+        while (await client.rows(f"select state from tasks where id = '{ids[0]}'")) != [("PENDING",)]:
+            await asyncio.sleep(0.05)
+    await sweepers.stop()
 
 
 async def test_without_postgres_the_answer_is_unavailable_and_nothing_is_written(client: Client) -> None:

@@ -19,6 +19,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from controller_svc.core.mutations import Key
 from controller_svc.core.sessions import SessionState
 from controller_svc.core.tasks import TaskState
 from controller_svc.store import claims, guards, read, write
@@ -159,6 +160,11 @@ class Explaining:
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Explaining]:
         yield self
+
+    beating = reading
+
+    async def row(self, key: Key) -> None:
+        await self.explain(read.ROWS[key.table][0], [[key.tenant], [key.id]])
 
     def cursor(self, *, binary: bool) -> Explaining:
         return self

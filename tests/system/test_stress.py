@@ -35,19 +35,10 @@ def test_every_write_takes_effect_once_under_kills(database_url: str, tmp_path: 
     def start(index: int) -> None:
         nonlocal started
         started += 1
-        writers[index] = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.system.writer",
-                database_url,
-                str(tmp_path / f"answers-{started}"),
-                str(started),
-                str(keys),
-                str(sessions),
-            ],
-            stderr=(tmp_path / f"writer-{started}.log").open("wb"),
-        )
+        arguments = [database_url, str(tmp_path / f"answers-{started}"), str(started), str(keys), str(sessions)]
+        command = [sys.executable, "-m", "tests.system.writer", *arguments]
+        with (tmp_path / f"writer-{started}.log").open("wb") as log:
+            writers[index] = subprocess.Popen(command, stderr=log, stdout=log)
 
     try:
         for index in range(WRITERS):
