@@ -328,8 +328,11 @@ async def test_a_lease_that_ends_while_the_heartbeat_waits_is_lost(
     await insert(connection, task)
     async with await psycopg.AsyncConnection.connect(database_url) as holding:
         await holding.execute("select from tasks for no key update")
+        # It waits for the row less than a heartbeat may, and the lease ends meanwhile.
+        assert task.lease_expire_time is not None
+        await asyncio.sleep((task.lease_expire_time - datetime.now(UTC)).total_seconds() - 0.08)
         waiting = asyncio.create_task(beat(tasks, task))
-        await asyncio.sleep(0.7)
+        await asyncio.sleep(0.14)
         await holding.execute("update tasks set description = 'moved, so that the condition is looked at again'")
         await holding.commit()
     with pytest.raises(FailedPrecondition) as caught:
