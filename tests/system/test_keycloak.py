@@ -106,7 +106,7 @@ def test_an_access_token_says_who_and_nothing_more(realm: Keycloak, who: str, te
     assert found["sub"]
     assert found["tenant"] == tenant
     assert set(found["realm_access"]["roles"]) == roles
-    assert found["exp"] - found["iat"] == 300
+    assert found["exp"] - found["iat"] in (300, 301)  # Keycloak reads its clock twice, and a second may pass between
 
 
 def test_nobody_moves_to_another_tenant_by_themselves(realm: Keycloak) -> None:
