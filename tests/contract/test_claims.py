@@ -17,6 +17,7 @@ from idempotency_svc.cache import RedisCache
 from idempotency_svc.servicer import IdempotencyServicer
 from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
 from svckit.errors import Aborted, FailedPrecondition
+from svckit.groups import Groups
 from tests.contract.test_door import Client, _client
 
 
@@ -62,7 +63,7 @@ async def stub(redis_url: str) -> AsyncIterator[Stub]:
 @pytest.fixture
 async def client(own_postgres: Postgres, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
     """A door whose calls never think themselves alone, so that every claim is waited for."""
-    monkeypatch.setattr(Idempotency, "alone", property(lambda self: False))
+    monkeypatch.setattr(Groups, "alone", property(lambda self: False))
     async with _client(own_postgres.url) as client:
         idempotency = Idempotency(stub, ttl=86400)  # type: ignore[arg-type]
         client.door = Door(client.database, idempotency, Lifetimes(ok=86400, error=600), lanes=1)
