@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import re
+from collections import Counter as Counted
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -159,6 +160,8 @@ class Idempotency:
             self._failed(error)
             CLAIMS["away"].inc(len(items))
             return [None] * len(items)
+        for kind, count in Counted(outcome.WhichOneof("outcome") for outcome in response.outcomes).items():
+            CLAIMS[kind or "away"].inc(count)
         return response.outcomes
 
     def complete(self, scope: bytes, nonce: bytes, *, fingerprint: bytes, code: int, answer: bytes, ttl: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter as Counted
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ import structlog
 from prometheus_client import Counter
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from controller_svc.idempotency import CLAIMS, KEY_HEADER, fingerprint_of, idempotency_key, scope_of
+from controller_svc.idempotency import KEY_HEADER, fingerprint_of, idempotency_key, scope_of
 from controller_svc.store.database import (
     STATEMENT_SECONDS,
     OutcomeUnknownError,
@@ -183,7 +184,7 @@ class Door:
         self._loop = asyncio.get_running_loop()
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}
-        self._claims: Groups[Attempt] = Groups("claim", self._claim, self._not_claimed, max_size=96, gather=0.004)
+        self._claims: Groups[Attempt] = Groups("claim", self._claim, self._not_claimed, max_size=96)
         self._groups: Groups[Attempt] = Groups("write", self._in_group, self.settle, max_size=96, lanes=lanes)
         self._alone: Groups[Attempt] = Groups("alone", self._in_turn, self.settle, max_size=1, lanes=4)
 
@@ -365,7 +366,8 @@ class Door:
             )
             for attempt in group
         ]
-        for attempt, outcome in zip(group, await self._idempotency.claim(items), strict=True):
+        outcomes = await self._idempotency.claim(items)
+        for attempt, outcome in zip(group, outcomes, strict=True):
             self._claimed(attempt, outcome)
         self._groups.start()
         await self._groups.started(CLAIM_AHEAD)
@@ -379,7 +381,6 @@ class Door:
         When idempotency_svc is away the claim may have arrived all the same; released or completed, it does no harm.
         """
         kind = (outcome and outcome.WhichOneof("outcome")) or "away"
-        CLAIMS[kind].inc()
         attempt.claimed = kind in ("acquired", "takeover", "away")
         if attempt.given_up:
             self._release(attempt)
@@ -604,9 +605,10 @@ class Door:
         """
         recorded: list[Decided] = []
         under_way: list[Decided] = []
+        for outcome, count in Counted(outcomes).items():
+            OUTCOMES[outcome].inc(count)
         for pair, outcome in zip(decided, outcomes, strict=True):
             attempt, write = pair
-            OUTCOMES[outcome].inc()
             if outcome is Outcome.WON:
                 self._won(attempt, write)
             elif outcome in (Outcome.LOST, Outcome.EXPIRED):
