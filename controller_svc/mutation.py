@@ -73,6 +73,10 @@ MARGIN = 0.1
 FIRST_LOOK = 0.05
 LAST_LOOK = 0.5
 """Seconds between two looks at a key that somebody else owns."""
+ANNOUNCE_SECONDS = 0.005
+"""After which a call under way is announced by its claim, unless it claims first. Most calls alone are done by then."""
+CLAIM_FIRST = 0.1
+"""The share of replays among the answers above which a call waits for its claim before it begins."""
 CLAIM_AHEAD = 0.02
 """Seconds at most for which the next group's claim waits until this group's write is under way."""
 SWEEP_SECONDS = 10.0
@@ -116,8 +120,6 @@ class Attempt:
     go: Callable[[Attempt], None] = lambda attempt: None
     """Does the work once the key is ours, or once Postgres is to decide; settles the attempt."""
     not_after: Any = None
-    went: bool = False
-    """`go` was called."""
     claimed: bool = False
     """The key may be ours at idempotency_svc."""
     given_up: bool = False
@@ -185,6 +187,11 @@ class Door:
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}
         self._claims: Groups[Attempt] = Groups("claim", self._claim, self._not_claimed, max_size=96)
+        self._announcements: Groups[Attempt] = Groups(
+            "announce", self._announce, self._not_announced, max_size=128, gather=ANNOUNCE_SECONDS, eager=False
+        )
+        self.replayed = 0.0
+        """The share of replays among the last fifty answers or so."""
         self._groups: Groups[Attempt] = Groups("write", self._in_group, self.settle, max_size=96, lanes=lanes)
         self._alone: Groups[Attempt] = Groups("alone", self._in_turn, self.settle, max_size=1, lanes=4)
 
@@ -221,10 +228,10 @@ class Door:
 
     async def close(self) -> None:
         """Returns when nothing is on its way any more."""
-        while self._claims.busy or self._groups.busy or self._alone.busy:
-            await self._claims.drained()
-            await self._groups.drained()
-            await self._alone.drained()
+        lines = (self._claims, self._announcements, self._groups, self._alone)
+        while any(line.busy for line in lines):
+            for line in lines:
+                await line.drained()
 
     # -- key --
 
@@ -330,21 +337,20 @@ class Door:
     # -- claim --
 
     def _start(self, attempt: Attempt) -> None:
-        """Has the key claimed and then the work begun.
+        """Has the work begun, and the key claimed: before the work where replays are frequent, else beside it.
 
-        Alone there is nobody to share steps with: the claim goes beside the work, not before it. Postgres decides, as
-        when idempotency_svc is away; the claim only tells others that the key is being worked on.
+        A claim finds a replay without Postgres, and the wait for it costs a third of a first call. Beside the work it
+        only tells others that the key is being worked on; Postgres decides, as when idempotency_svc is away.
         """
         if not self._idempotency.up:
             self._go(attempt)
-            return
-        alone = self._claims.alone and self._database.ready
-        self._claims.put(attempt)
-        if alone:
+        elif self.replayed > CLAIM_FIRST or not self._database.ready:
+            self._claims.put(attempt)
+        else:
+            self._announcements.put(attempt)
             self._go(attempt)
 
     def _go(self, attempt: Attempt) -> None:
-        attempt.went = True
         try:
             attempt.go(attempt)
         except Exception as error:
@@ -356,21 +362,24 @@ class Door:
         The lane is kept until that statement is under way. So while one group is written the next one is claimed, and
         each has half of the calls in flight.
         """
-        now = self._loop.time()
-        items = [
-            self._idempotency.claim_item(
-                attempt.scope,
-                attempt.fingerprint,
-                attempt.command_id.bytes,
-                max(min(attempt.deadline - now, 30.0), 0.0) + 2.0,
-            )
-            for attempt in group
-        ]
-        outcomes = await self._idempotency.claim(items)
-        for attempt, outcome in zip(group, outcomes, strict=True):
+        for attempt, outcome in zip(group, await self._ask(group), strict=True):
             self._claimed(attempt, outcome)
         self._groups.start()
         await self._groups.started(CLAIM_AHEAD)
+
+    async def _ask(self, group: Sequence[Attempt]) -> Sequence[pb.ClaimOutcome | None]:
+        now = self._loop.time()
+        return await self._idempotency.claim(
+            [
+                self._idempotency.claim_item(
+                    attempt.scope,
+                    attempt.fingerprint,
+                    attempt.command_id.bytes,
+                    max(min(attempt.deadline - now, 30.0), 0.0) + 2.0,
+                )
+                for attempt in group
+            ]
+        )
 
     def _not_claimed(self, attempt: Attempt, error: Exception) -> None:
         self._claimed(attempt, None)
@@ -380,21 +389,35 @@ class Door:
 
         When idempotency_svc is away the claim may have arrived all the same; released or completed, it does no harm.
         """
-        kind = (outcome and outcome.WhichOneof("outcome")) or "away"
-        attempt.claimed = kind in ("acquired", "takeover", "away")
+        kind = outcome and outcome.WhichOneof("outcome")
+        attempt.claimed = kind in ("acquired", "takeover", None)
         if attempt.given_up:
             self._release(attempt)
-        elif attempt.settled or attempt.went:
-            pass  # it went beside its claim
-        elif attempt.claimed:
+        elif outcome is None or attempt.claimed:
             attempt.alone = kind == "takeover"  # the owner before may still be at work: wait for its locks
             self._go(attempt)
-        elif outcome is None:
-            pass
         elif kind == "replay":
             self.settle(attempt, Answer(outcome.replay.code, outcome.replay.answer, replayed=True))
         elif not attempt.result.done():
             attempt.result.set_result(outcome)
+
+    async def _announce(self, group: list[Attempt]) -> None:
+        """Claims the keys of those in the group that are still under way. Who is in line yet, may learn its answer."""
+        under_way = [attempt for attempt in group if not attempt.settled]
+        if not under_way:
+            return
+        for attempt, outcome in zip(under_way, await self._ask(under_way), strict=True):
+            kind = outcome and outcome.WhichOneof("outcome")
+            attempt.claimed = kind in ("acquired", "takeover", None)
+            if attempt.given_up:
+                self._release(attempt)
+            elif outcome is not None and kind == "replay" and not attempt.started and not attempt.settled:
+                self._groups.take_out(attempt)
+                self._alone.take_out(attempt)
+                self.settle(attempt, Answer(outcome.replay.code, outcome.replay.answer, replayed=True))
+
+    def _not_announced(self, attempt: Attempt, error: Exception) -> None:
+        """The work goes on all the same."""
 
     def _release(self, attempt: Attempt) -> None:
         if attempt.claimed:
@@ -467,6 +490,7 @@ class Door:
         """Takes an attempt out of whatever line it stands in. One that has started goes on."""
         if not attempt.started:
             self._claims.take_out(attempt)
+            self._announcements.take_out(attempt)
             self._groups.take_out(attempt)
             self._alone.take_out(attempt)
             self.give_up(attempt, error)
@@ -761,6 +785,8 @@ class Door:
         if not attempt.result.done():
             attempt.result.set_result(result)
         kept = result if isinstance(result, Answer) else None
+        if kept is not None:
+            self.replayed += (kept.replayed - self.replayed) * 0.02
         for follower in attempt.followers:
             if not follower.done():
                 follower.set_result(kept)

@@ -74,11 +74,6 @@ class Groups(Generic[T]):
         """Whether anything waits or runs."""
         return bool(self._waiting or self._running)
 
-    @property
-    def alone(self) -> bool:
-        """Whether an item put now would have no company: nothing waits, nothing runs, and the last one had none."""
-        return self._last_size == 1 and not self.busy
-
     def put(self, item: T) -> None:
         """Adds an item; it starts with the next group that has room, in order of arrival."""
         self._waiting[item] = copy_context()
