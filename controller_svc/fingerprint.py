@@ -61,6 +61,11 @@ def earlier_fingerprint_of(request: Message) -> bytes:
     return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
 
+def kinds_of(stored: bytes) -> list[int]:
+    """Which kinds a guard holds: packed ones, or the bare digest of an earlier version."""
+    return [1] if len(stored) == PACKED - 1 else list(stored[::PACKED])
+
+
 def _split(packed: bytes) -> set[bytes]:
     return {packed[at : at + PACKED] for at in range(0, len(packed), PACKED)}
 

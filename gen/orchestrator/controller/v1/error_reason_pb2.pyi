@@ -164,6 +164,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     and been forgotten. The metadata has `first_sent` and `window_seconds`. Read the resource; use a new key
     if the call is still wanted.
     """
+    ERROR_REASON_IDEMPOTENCY_UNAVAILABLE: _ErrorReason.ValueType  # 43
+    """With `UNAVAILABLE`: the idempotency service, or its Redis, is away or switched off. Only methods about
+    its records answer so: writes go on without it.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons of errors. Every error of every service of this system carries a `google.rpc.ErrorInfo` with
@@ -319,5 +323,9 @@ ERROR_REASON_IDEMPOTENCY_KEY_EXPIRED: ErrorReason.ValueType  # 42
 ago than answers are kept, and nothing is known of the `idempotency-key`: the call may have taken effect
 and been forgotten. The metadata has `first_sent` and `window_seconds`. Read the resource; use a new key
 if the call is still wanted.
+"""
+ERROR_REASON_IDEMPOTENCY_UNAVAILABLE: ErrorReason.ValueType  # 43
+"""With `UNAVAILABLE`: the idempotency service, or its Redis, is away or switched off. Only methods about
+its records answer so: writes go on without it.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
