@@ -13,17 +13,21 @@ from controller_svc.core.tasks import TaskMutations
 from controller_svc.idempotency import Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.pages import PageTokens
+from controller_svc.records import Records
 from controller_svc.servicers.audit import AuditServicer
+from controller_svc.servicers.records import RecordServicer
 from controller_svc.servicers.sessions import SessionServicer
 from controller_svc.servicers.status import StatusServicer
 from controller_svc.servicers.tasks import TaskServicer
 from controller_svc.store.audit import Audit
 from controller_svc.store.database import Database
+from controller_svc.store.guards import Guards
 from controller_svc.store.sessions import Sessions
 from controller_svc.store.tasks import Tasks
 from controller_svc.sweepers import Sweepers
 from orchestrator.controller.v1 import (
     audit_service_pb2,
+    record_service_pb2,
     session_service_pb2,
     status_service_pb2,
     task_service_pb2,
@@ -89,6 +93,7 @@ async def serve(settings: ControllerSettings) -> None:
         (session_service_pb2, "SessionService", SessionServicer(door, sessions, session_mutations, pages)),
         (task_service_pb2, "TaskService", TaskServicer(door, claims, tasks, task_mutations, pages)),
         (audit_service_pb2, "AuditService", AuditServicer(Audit(database), pages)),
+        (record_service_pb2, "RecordService", RecordServicer(Guards(database), Records())),
         (status_service_pb2, "StatusService", StatusServicer(database, idempotency, version("orchestrator"))),
     ):
         server.register(file.DESCRIPTOR.services_by_name[name], servicer)

@@ -12,8 +12,11 @@ from datetime import UTC, datetime, timedelta
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
+from google.protobuf import descriptor_pool
+
 from controller_svc.core.ids import new_id, parse_id
 from controller_svc.core.mutations import Actor
+from controller_svc.core.records import RecordState
 from controller_svc.core.sessions import (
     MAX_METADATA_BYTES,
     ChangeSession,
@@ -32,10 +35,14 @@ from controller_svc.core.tasks import (
     TaskError,
     TaskState,
 )
+from controller_svc.fingerprint import kinds_of
+from controller_svc.idempotency import idempotency_key, scope_of
+from orchestrator.controller.v1 import record_service_pb2 as records_pb
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import status_service_pb2 as status_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
-from svckit.errors import invalid_field
+from orchestrator.options.v1 import options_pb2
+from svckit.errors import InvalidArgument, invalid_field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from controller_svc.core.audit import RecordedAuditEvent
+    from controller_svc.core.records import GuardFacts, RecordFacts
     from controller_svc.core.sessions import Session
     from controller_svc.core.status import Component
     from controller_svc.core.tasks import HeartbeatResult, Task
@@ -69,6 +77,7 @@ if TYPE_CHECKING:
         | sessions_pb.CompleteSessionRequest
         | sessions_pb.FailSessionRequest
     )
+    KeyRequest = records_pb.GetRecordRequest | records_pb.ReleaseRecordRequest
     TaskResponse = (
         tasks_pb.RouteTaskResponse
         | tasks_pb.GetTaskResponse
@@ -123,6 +132,11 @@ _TASK_STATES: Final[Mapping[int, TaskState]] = {
     tasks_pb.Task.STATE_SUCCEEDED: TaskState.SUCCEEDED,
     tasks_pb.Task.STATE_DEAD: TaskState.DEAD,
     tasks_pb.Task.STATE_CANCELLED: TaskState.CANCELLED,
+}
+_RECORD_STATE_NUMBERS: Final[Mapping[RecordState, Any]] = {
+    RecordState.IN_PROGRESS: records_pb.Record.STATE_IN_PROGRESS,
+    RecordState.RELEASED: records_pb.Record.STATE_RELEASED,
+    RecordState.COMPLETED: records_pb.Record.STATE_COMPLETED,
 }
 _SESSION_STATE_NUMBERS: Final[Mapping[str, Any]] = {state: number for number, state in _SESSION_STATES.items()}
 _TASK_STATE_NUMBERS: Final[Mapping[str, Any]] = {state: number for number, state in _TASK_STATES.items()}
@@ -626,6 +640,64 @@ def fill_audit_event(message: audit_pb.AuditEvent, event: RecordedAuditEvent) ->
     if event.key_hash is not None:
         message.idempotency_key_hash = event.key_hash.hex()
     message.command_id = str(event.command_id)
+
+
+# -- records --
+
+
+def key_scope(request: KeyRequest, principal: Principal) -> bytes:
+    """The scope of the key that an operator names; always one of the operator's own tenant."""
+    method = _guarded_method(request.method)
+    if not request.subject:
+        raise invalid_field("subject", "Required.", "FIELD_REQUIRED")
+    subject = _text(request.subject, "subject", MAX_FILTER)
+    issuer = _text(request.issuer, "issuer", MAX_FILTER) or principal.issuer
+    if not request.idempotency_key:
+        raise invalid_field("idempotency_key", "Required.", "FIELD_REQUIRED")
+    try:
+        idempotency_key([request.idempotency_key])
+    except InvalidArgument:
+        raise invalid_field("idempotency_key", "Must be 1 to 255 visible ASCII characters.") from None
+    return scope_of(issuer, principal.tenant, subject, method, request.idempotency_key)
+
+
+def _guarded_method(name: str) -> str:
+    """The name, if it is that of a method that writes under a key."""
+    if not name:
+        raise invalid_field("method", "Required.", "FIELD_REQUIRED")
+    service, _, method = name.removeprefix("/").partition("/")
+    try:
+        found = descriptor_pool.Default().FindMethodByName(f"{service}.{method}")
+        write = found.GetOptions().Extensions[options_pb2.policy].write
+    except KeyError:
+        write = options_pb2.WRITE_MODE_UNSPECIFIED
+    if write != options_pb2.WRITE_MODE_GUARDED or name != f"/{found.containing_service.full_name}/{found.name}":
+        raise invalid_field("method", "Must be the full name of a method that writes under a key.")
+    return name
+
+
+def fill_guard(message: records_pb.Guard, guard: GuardFacts) -> None:
+    """Writes a guard into an empty message."""
+    message.code = guard.code
+    fill_time(message.create_time, guard.create_time)
+    fill_time(message.expire_time, guard.expire_time)
+    message.command_id = str(guard.command_id)
+    message.fingerprint_kinds.extend(kinds_of(guard.fingerprints))
+    message.answer_bytes = guard.answer_bytes
+
+
+def fill_record(message: records_pb.Record, record: RecordFacts) -> None:
+    """Writes a record into an empty message."""
+    message.state = _RECORD_STATE_NUMBERS[record.state]
+    fill_span(message.ttl_left, record.ttl_left)
+    if record.lease_left is not None:
+        fill_span(message.lease_left, record.lease_left)
+    message.epoch = record.epoch
+    message.code = record.code
+    message.durable = record.durable
+    message.timeline = record.timeline
+    message.fingerprint_kinds.extend(record.fingerprint_kinds)
+    message.answer_bytes = record.answer_bytes
 
 
 # -- status --

@@ -25,6 +25,7 @@ from controller_svc.core.tasks import TaskState
 from controller_svc.store import claims, guards, read, write
 from controller_svc.store import tasks as tasks_store
 from controller_svc.store.audit import Audit
+from controller_svc.store.guards import Guards
 from controller_svc.store.sessions import Sessions
 from controller_svc.store.tasks import Tasks
 
@@ -364,6 +365,8 @@ async def test_reads_of_a_group(database: Any, size: int) -> None:
     found = (await cursor.fetchall())[:size]
     await database.explain(read.GUARDS, [[tenant for tenant, _ in found], [scope for _, scope in found]])
     last(database).check(rows=size)
+    assert await Guards(database).facts(*found[0]) is not None
+    last(database).check(rows=1)
 
 
 SETS_OF_TABLES = [frozenset(names) for size in range(3) for names in combinations(write.TABLES, size)]

@@ -16,6 +16,7 @@ from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from orchestrator.controller.v1 import audit_service_pb2 as audit_pb
+from orchestrator.controller.v1 import record_service_pb2 as records_pb
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
 from tests.client import AGENT, OPERATE, PLANNER, WORKER, Agent, Tenant, spans, struct
@@ -111,6 +112,33 @@ def of_lease(make: Callable[..., Message]) -> list[Case]:
     return [
         *ids(lambda **fields: make(**{"lease_id": ID, **fields}), "task_id"),
         *ids(lambda **fields: make(**{"task_id": ID, **fields}), "lease_id"),
+    ]
+
+
+def of_key(kind: Callable[..., Message]) -> list[Case]:
+    """The cases of what names a key."""
+    service = "/orchestrator.controller.v1.SessionService"
+
+    def make(**fields: Any) -> Message:
+        return kind(**{"method": f"{service}/CreateSession", "subject": "s", "idempotency_key": "k", **fields})
+
+    bad_methods = (
+        "CreateSession", f"{service}/DropSession", f"{service}/GetSession", f"{service}.CreateSession", f"{service}/",
+        f"{service[1:]}/CreateSession", f"/{service}/CreateSession", f"{service}/CreateSession/", "/", "ä", "a\0/b",
+        "/orchestrator.controller.v1.TaskService/HeartbeatTask",
+        "/orchestrator.idempotency.v1.IdempotencyService/Claim", "/grpc.health.v1.Health/Check",
+    )  # fmt: skip
+    bad_keys = ("a b", "a\n", "ä", "\x7f", "a\0", "a" * 256)
+    return [
+        *((f"{field} missing", make(**{field: ""}), "FIELD_REQUIRED", field) for field in ("method", "subject")),
+        ("no key", make(idempotency_key=""), "FIELD_REQUIRED", "idempotency_key"),
+        *((f"method {bad!r}", make(method=bad), "FIELD_INVALID", "method") for bad in bad_methods),
+        *((f"key {bad!r}", make(idempotency_key=bad), "FIELD_INVALID", "idempotency_key") for bad in bad_keys),
+        *(
+            (f"{field} too long", make(**{field: "a" * 1025}), "FIELD_INVALID", field)
+            for field in ("subject", "issuer")
+        ),
+        ("subject with NUL", make(subject="\0"), "FIELD_INVALID", "subject"),
     ]
 
 
@@ -216,6 +244,8 @@ CASES: dict[str, list[Case]] = {
             "start_time",
         ),
     ],
+    "GetRecord": of_key(records_pb.GetRecordRequest),
+    "ReleaseRecord": of_key(records_pb.ReleaseRecordRequest),
 }
 
 
@@ -223,7 +253,7 @@ def test_every_method_has_cases() -> None:
     """GetStatus alone has nothing that could be wrong."""
     found = {
         method.name
-        for module in (sessions_pb, tasks_pb, audit_pb)
+        for module in (sessions_pb, tasks_pb, audit_pb, records_pb)
         for service in module.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }

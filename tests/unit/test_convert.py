@@ -21,10 +21,13 @@ from controller_svc import convert
 from controller_svc.core.audit import RecordedAuditEvent
 from controller_svc.core.ids import new_id
 from controller_svc.core.mutations import Actor
+from controller_svc.core.records import GuardFacts, RecordFacts, RecordState
 from controller_svc.core.sessions import MAX_METADATA_BYTES, Session, SessionState, metadata_size
 from controller_svc.core.status import Component
 from controller_svc.core.tasks import HeartbeatResult, Task, TaskError, TaskState
+from controller_svc.idempotency import scope_of
 from orchestrator.controller.v1 import audit_service_pb2 as audit_pb
+from orchestrator.controller.v1 import record_service_pb2 as records_pb
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import status_service_pb2 as status_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
@@ -848,3 +851,61 @@ def test_the_state_of_a_component(up: bool | None, name: str) -> None:
     convert.fill_component(message, Component(up, "why", NOW))
     assert (status_pb.Component.State.Name(message.state), message.detail) == (name, "why")
     assert convert.time_of(message.since_time, "t") == NOW
+
+
+def test_a_whole_guard_becomes_a_whole_message() -> None:
+    guard = GuardFacts(
+        command_id=new_id(),
+        code=9,
+        fingerprints=b"\2" + b"a" * 32 + b"\3" + b"b" * 32,
+        answer_bytes=77,
+        create_time=NOW,
+        expire_time=NOW + timedelta(hours=1),
+    )
+    message = records_pb.Guard()
+    convert.fill_guard(message, guard)
+    assert {field.name for field, _ in message.ListFields()} == {field.name for field in message.DESCRIPTOR.fields}
+    assert (message.command_id, message.code, message.answer_bytes) == (str(guard.command_id), 9, 77)
+    assert list(message.fingerprint_kinds) == [2, 3]
+    assert convert.time_of(message.create_time, "t") == NOW
+    assert convert.time_of(message.expire_time, "t") == NOW + timedelta(hours=1)
+    earlier = records_pb.Guard()
+    convert.fill_guard(earlier, replace(guard, fingerprints=b"a" * 32))
+    assert list(earlier.fingerprint_kinds) == [1]
+
+
+def test_a_whole_record_becomes_a_whole_message() -> None:
+    record = RecordFacts(
+        state=RecordState.IN_PROGRESS,
+        ttl_left=timedelta(hours=24),
+        lease_left=timedelta(milliseconds=1500),
+        epoch=3,
+        code=5,
+        durable=True,
+        timeline=7,
+        fingerprint_kinds=(2, 3),
+        answer_bytes=12,
+    )
+    message = records_pb.Record()
+    convert.fill_record(message, record)
+    assert {field.name for field, _ in message.ListFields()} == {field.name for field in message.DESCRIPTOR.fields}
+    assert (message.ttl_left.seconds, message.lease_left.seconds, message.lease_left.nanos) == (86400, 1, 500_000_000)
+    assert (message.epoch, message.code, message.durable, message.timeline) == (3, 5, True, 7)
+    assert (list(message.fingerprint_kinds), message.answer_bytes) == ([2, 3], 12)
+    for state in RecordState:
+        other = records_pb.Record()
+        convert.fill_record(other, replace(record, state=state, lease_left=None))
+        assert records_pb.Record.State.Name(other.state) == f"STATE_{state}"
+        assert not other.HasField("lease_left")
+    over = records_pb.Record()
+    convert.fill_record(over, replace(record, lease_left=timedelta()))
+    assert over.HasField("lease_left")
+
+
+def test_the_scope_of_a_key_is_that_of_the_call_that_sent_it() -> None:
+    method = "/orchestrator.controller.v1.SessionService/CreateSession"
+    operator = Principal("https://issuer", "acme", "operator", frozenset(), frozenset())
+    request = records_pb.GetRecordRequest(method=method, subject="agent", idempotency_key="a-key")
+    assert convert.key_scope(request, operator) == scope_of("https://issuer", "acme", "agent", method, "a-key")
+    request.issuer = "https://another"
+    assert convert.key_scope(request, operator) == scope_of("https://another", "acme", "agent", method, "a-key")

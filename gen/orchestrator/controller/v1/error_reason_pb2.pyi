@@ -154,6 +154,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """With `PERMISSION_DENIED`: the lease that the call presents was claimed by another subject; the metadata
     has `task_id`.
     """
+    ERROR_REASON_IDEMPOTENCY_FIRST_SENT_INVALID: _ErrorReason.ValueType  # 41
+    """General for methods that write under a key, with `INVALID_ARGUMENT`: `idempotency-first-sent` came with an
+    `idempotency-key` and is not one time of RFC 3339, or is more than five minutes in the future.
+    """
+    ERROR_REASON_IDEMPOTENCY_KEY_EXPIRED: _ErrorReason.ValueType  # 42
+    """General for methods that write under a key, with `FAILED_PRECONDITION`: `idempotency-first-sent` is longer
+    ago than answers are kept, and nothing is known of the `idempotency-key`: the call may have taken effect
+    and been forgotten. The metadata has `first_sent` and `window_seconds`. Read the resource; use a new key
+    if the call is still wanted.
+    """
+    ERROR_REASON_IDEMPOTENCY_UNAVAILABLE: _ErrorReason.ValueType  # 43
+    """With `UNAVAILABLE`: the idempotency service, or its Redis, is away or switched off. Only methods about
+    its records answer so: writes go on without it.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons of errors. Every error of every service of this system carries a `google.rpc.ErrorInfo` with
@@ -299,5 +313,19 @@ worker's; the metadata has `task_id` and `state`. Drop the work.
 ERROR_REASON_LEASE_NOT_HELD: ErrorReason.ValueType  # 40
 """With `PERMISSION_DENIED`: the lease that the call presents was claimed by another subject; the metadata
 has `task_id`.
+"""
+ERROR_REASON_IDEMPOTENCY_FIRST_SENT_INVALID: ErrorReason.ValueType  # 41
+"""General for methods that write under a key, with `INVALID_ARGUMENT`: `idempotency-first-sent` came with an
+`idempotency-key` and is not one time of RFC 3339, or is more than five minutes in the future.
+"""
+ERROR_REASON_IDEMPOTENCY_KEY_EXPIRED: ErrorReason.ValueType  # 42
+"""General for methods that write under a key, with `FAILED_PRECONDITION`: `idempotency-first-sent` is longer
+ago than answers are kept, and nothing is known of the `idempotency-key`: the call may have taken effect
+and been forgotten. The metadata has `first_sent` and `window_seconds`. Read the resource; use a new key
+if the call is still wanted.
+"""
+ERROR_REASON_IDEMPOTENCY_UNAVAILABLE: ErrorReason.ValueType  # 43
+"""With `UNAVAILABLE`: the idempotency service, or its Redis, is away or switched off. Only methods about
+its records answer so: writes go on without it.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,108 @@
+"""RecordService on the running pair: what operators see of a key, and that only they do."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from orchestrator.controller.v1 import record_service_pb2 as records_pb
+from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
+from tests.client import AGENT, AUDIT, OPERATE, PLANNER, Agent, Tenant
+
+if TYPE_CHECKING:
+    from deploy.local.issuer import Issuer
+    from tests.oracle import Tables
+    from tests.system.pair import Pair
+
+CREATE = "/orchestrator.controller.v1.SessionService/CreateSession"
+
+
+def named(key: str, **changes: Any) -> records_pb.GetRecordRequest:
+    fields = {"method": CREATE, "subject": "agent-1", "idempotency_key": key, **changes}
+    return records_pb.GetRecordRequest(**fields)
+
+
+async def guard_of(operator: Agent, key: str, **changes: Any) -> records_pb.Guard | None:
+    response: records_pb.GetRecordResponse = (await operator.ask(named(key, **changes))).response
+    return response.guard if response.HasField("guard") else None
+
+
+async def test_the_guard_of_an_answer(tenant: Tenant, tables: Tables) -> None:
+    agent, operator = tenant.agent(), tenant.agent("operator", permissions=(OPERATE,))
+    key = secrets.token_hex(8)
+    assert await guard_of(operator, key) is None
+    answer = await agent.ask(sessions_pb.CreateSessionRequest(agent_role=PLANNER), key=key)
+    session = answer.response.session
+    guard = await guard_of(operator, key)
+    assert guard is not None
+    (event,) = await agent.events(session.id)
+    assert (guard.code, guard.answer_bytes, guard.command_id) == (0, len(answer.body), event.command_id)
+    assert guard.create_time.seconds == pytest.approx(session.create_time.seconds, abs=60)
+    assert guard.expire_time.seconds - guard.create_time.seconds == pytest.approx(48 * 3600, abs=2)
+    (stored,) = tables.rows("select fingerprint from idempotency_guards where tenant = %s", tenant.name)
+    assert list(guard.fingerprint_kinds) == ([1] if len(stored[0]) == 32 else [2, 3])
+
+
+async def test_the_guard_of_a_refusal(agent: Agent) -> None:
+    session = await agent.create()
+    await agent.change("Activate", session.id)
+    await agent.change("Complete", session.id)
+    key = secrets.token_hex(8)
+    refused = await agent.change("Pause", session.id, key=key)
+    guard = await guard_of(agent, key, method="/orchestrator.controller.v1.SessionService/PauseSession")
+    assert guard is not None
+    assert (guard.code, guard.answer_bytes) == (9, len(refused.status.SerializeToString()))
+    assert refused.refusal == ("FAILED_PRECONDITION", "SESSION_STATE_INVALID")
+
+
+async def test_a_key_is_that_of_its_method_subject_and_issuer(agent: Agent, issuer: Issuer) -> None:
+    key = secrets.token_hex(8)
+    await agent.create(key=key)
+    assert await guard_of(agent, key) is not None
+    assert await guard_of(agent, key, issuer=issuer.url) is not None
+    for other in (
+        {"method": "/orchestrator.controller.v1.SessionService/UpdateSession"},
+        {"subject": "agent-2"},
+        {"issuer": "https://another"},
+        {"idempotency_key": key[:-1]},
+    ):
+        assert await guard_of(agent, key, **other) is None
+
+
+async def test_another_tenants_key_is_as_one_that_nobody_used(
+    agent: Agent, shared_pair: Pair, issuer: Issuer, tables: Tables, tenant: Tenant
+) -> None:
+    key = secrets.token_hex(8)
+    await agent.create(key=key)
+    foreign = Tenant(issuer, shared_pair.controller_target)
+    intruder = foreign.agent()
+    try:
+        with tables.unchanged(tenant.name):
+            seen = await intruder.ask(named(key))
+            assert seen.body == (await intruder.ask(named("never-used"))).body
+            release = records_pb.ReleaseRecordRequest(method=CREATE, subject="agent-1", idempotency_key=key)
+            await intruder.ask(release)
+        assert await guard_of(agent, key) is not None
+    finally:
+        await foreign.close()
+
+
+async def test_only_operators_may(tenant: Tenant) -> None:
+    agent = tenant.agent(permissions=(AGENT, AUDIT, "orchestrator.approve"))
+    for request in (named("a-key"), records_pb.ReleaseRecordRequest(method=CREATE)):
+        answer = await agent.ask(request)
+        assert answer.refusal == ("PERMISSION_DENIED", "PERMISSION_MISSING")
+        assert answer.metadata == {"permission": OPERATE}
+
+
+async def test_without_the_idempotency_service_the_guard_is_told_and_nothing_is_released(agent: Agent) -> None:
+    key = secrets.token_hex(8)
+    await agent.create(key=key)
+    response: records_pb.GetRecordResponse = (await agent.ask(named(key))).response
+    assert response.HasField("guard") and response.record_unavailable and not response.HasField("record")
+    release = records_pb.ReleaseRecordRequest(method=CREATE, subject="agent-1", idempotency_key=key)
+    answer = await agent.ask(release)
+    assert answer.refusal == ("UNAVAILABLE", "IDEMPOTENCY_UNAVAILABLE")
+    assert await guard_of(agent, key) is not None
