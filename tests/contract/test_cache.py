@@ -90,8 +90,9 @@ async def complete(
     answer: bytes = b"answer",
     ttl: int = TTL,
     durable: bool = False,
+    timeline: int = 0,
 ) -> Completed:
-    [result] = await cache.complete([CompleteItem(scope, fingerprints, nonce, code, answer, ttl, durable)])
+    [result] = await cache.complete([CompleteItem(scope, fingerprints, nonce, code, answer, ttl, durable, timeline)])
     return result
 
 
@@ -357,6 +358,52 @@ async def test_a_durable_error_never_replaces_a_durable_ok(cache: Cache) -> None
     assert await claim(cache, scope, THIRD) == Replay(0, b"committed", True)
 
 
+@pytest.mark.parametrize("there,comes,result", [
+    # (timeline, code) of the durable record, and of a durable completion of the same request
+    ((1, 0), (2, 0), RESTORED),
+    ((1, 0), (2, 9), RESTORED),
+    ((0, 0), (1, 9), RESTORED),
+    ((1, 9), (2, 9), RESTORED),
+    ((2**32 - 2, 0), (2**32 - 1, 9), RESTORED),
+    ((2, 0), (2, 0), ALREADY),
+    ((2, 0), (2, 9), ALREADY),
+    ((2, 0), (1, 0), ALREADY),
+    ((2, 0), (0, 0), ALREADY),
+    ((2, 9), (1, 9), ALREADY),
+    ((2, 9), (2, 0), RESTORED),
+    ((2, 9), (1, 0), RESTORED),
+])  # fmt: skip
+async def test_a_higher_timeline_overwrites_any_durable_record(
+    cache: Cache, there: tuple[int, int], comes: tuple[int, int], result: Completed
+) -> None:
+    async def put(scope: bytes, fingerprints: Fingerprints, of: tuple[int, int], answer: bytes) -> Completed:
+        timeline, code = of
+        return await complete(
+            cache, scope, OTHER, fingerprints, code=code, answer=answer, durable=True, timeline=timeline
+        )
+
+    def replay(of: tuple[int, int], answer: bytes) -> Replay:
+        return Replay(of[1], answer, True, of[0])
+
+    scope = new_scope()
+    assert await put(scope, SAME, there, b"there") is RESTORED
+    assert await put(scope, SAME, comes, b"comes") is result
+    assert await claim(cache, scope) == (replay(comes, b"comes") if result is RESTORED else replay(there, b"there"))
+    assert await put(scope, SAME, comes, b"comes") is ALREADY, "a repetition changes nothing"
+
+    foreign = new_scope()
+    assert await put(foreign, FOREIGN, there, b"there") is RESTORED
+    assert await put(foreign, SAME, comes, b"comes") is (DIFFERS if result is ALREADY else result)
+
+
+async def test_an_answer_kept_elsewhere_says_so(cache: Cache) -> None:
+    scope = new_scope()
+    item = CompleteItem(scope, SAME, OWNER, 0, b"", TTL, True, 7, answer_omitted=True)
+    assert await cache.complete([item, item]) == [RESTORED, ALREADY]
+    assert await claim(cache, scope, OTHER) == Replay(0, b"", True, 7, answer_omitted=True)
+    assert await claim(cache, scope, OTHER, FOREIGN) == Mismatch(True)
+
+
 async def test_a_lost_record_is_restored_only_by_the_database(cache: Cache) -> None:
     scope = new_scope()
     assert await complete(cache, scope) is Completed.FENCED
@@ -509,12 +556,22 @@ async def test_a_record_is_one_small_string(cache: RedisCache, raw: redis.asynci
     assert ((await raw.info("memory"))["used_memory"] - before) / 10_000 <= 545
 
 
+async def test_records_from_before_the_flags_are_read(cache: RedisCache, raw: redis.asyncio.Redis) -> None:
+    for flags, durable in ((b"\x00", False), (b"\x01", True)):
+        scope = new_scope()
+        await raw.set(key_of(scope), b"\x01C" + flags + b"\x05\x00\x00\x00\x01\x01\x01" + b"\x01" * 32 + b"as it was")
+        assert await claim(cache, scope) == Replay(5, b"as it was", durable)
+        assert await complete(cache, scope, answer=b"new", durable=True, timeline=1) is RESTORED
+        assert await claim(cache, scope) == Replay(0, b"new", True, 1)
+
+
 GARBAGE = {
     "empty": b"",
     "text": b"garbage",
     "another format": b"\x02" + b"C\x01\x00\x00\x00\x00\x01\x01" + b"\x01" * 33,
     "unknown state": b"\x01" + b"X\x00\x00\x00\x00\x00\x01\x01" + b"\x01" * 33,
-    "unknown flag": b"\x01" + b"C\x02\x00\x00\x00\x00\x01\x01" + b"\x01" * 33,
+    "cut in the timeline": b"\x01" + b"C\x05\x00\x00\x00\x00\x01\x01" + b"\x01" * 33 + b"\x00" * 3,
+    "unknown flag": b"\x01" + b"C\x80\x00\x00\x00\x00\x01\x01" + b"\x01" * 33,
     "no fingerprint": b"\x01" + b"C\x00\x00\x00\x00\x00\x01\x00" + b"answer",
     "cut in the fingerprints": b"\x01" + b"C\x00\x00\x00\x00\x00\x01\x02" + b"\x01" * 65,
     "cut in the tail": b"\x01" + b"I\x00\x00\x00\x00\x00\x01\x01" + b"\x01" * 33 + b"\x00" * 21,
