@@ -6,6 +6,8 @@ import asyncio
 import enum
 import struct
 import time
+import zlib
+from binascii import b2a_base64
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha1
@@ -91,7 +93,10 @@ class Takeover:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The key has its answer, as the CompleteItem said; if answer_omitted, the database alone has its bytes."""
+    """The key has its answer, as the CompleteItem said.
+
+    If answer_omitted, only the database has its bytes. That is said, too, of bytes that were damaged here.
+    """
 
     code: int
     answer: bytes
@@ -201,15 +206,16 @@ _PROBE_DOWN_SECONDS = 0.2
 _PROBE_KEY = "idem:probe"
 _CONNECTIONS = 32
 _LARGEST_REPLY = 3 << 20
+_COMPRESSED_FROM = 513
 
 _CLAIM = struct.Struct(">II16sB")
 _COMPLETE = struct.Struct(">16sIBBBI")
 _OUTCOME = struct.Struct(">BI")
-_TIMELINE = struct.Struct(">I")
+_TIMELINE = _SIZE = struct.Struct(">I")
 _ACQUIRED, _TAKEOVER, _REPLAY, _BUSY, _MISMATCH = range(1, 6)
 _CLAIM_OUTCOMES = ("", "acquired", "takeover", "replay", "busy", "mismatch")
 _UNREADABLE_BIT = 0x80
-_FLAG_DURABLE, _FLAG_OMITTED, _FLAG_TIMELINE = 1, 2, 4
+_FLAG_DURABLE, _FLAG_OMITTED, _FLAG_TIMELINE, _FLAG_COMPRESSED = 1, 2, 4, 8
 _FIRST = Acquired(1)
 
 # By the first word of an error. Any other is a defect in the call, not a state of Redis, and fails that call alone.
@@ -345,7 +351,7 @@ class RedisCache:
 
     async def _run(self, script: _Script, items: Sequence[_Item], *arguments: bytes) -> bytes:
         """One call of a script with the items' keys; a reply, or Unavailable."""
-        keys = [b"idem:1:{%b}" % item.scope[:16].hex().encode() for item in items]
+        keys = [_key(item.scope) for item in items]
         async with self._slots:
             if self._away is not None:
                 raise _unavailable(self._away)
@@ -474,6 +480,11 @@ class RedisCache:
             await self._idle.pop().disconnect(nowait=True)
 
 
+def _key(scope: bytes) -> bytes:
+    """Where the record of a scope is: 128 bits of it as base64, which has no braces and is short: keys cost memory."""
+    return b"idem:{%b}" % b2a_base64(scope[:16])[:22]
+
+
 _Item = ClaimItem | CompleteItem | ReleaseItem
 _Result = TypeVar("_Result", Completed, Released)
 
@@ -490,19 +501,41 @@ def _results(step: str, kind: type[_Result], reply: bytes) -> list[_Result]:
 
 def _flags_and_tail(item: CompleteItem) -> tuple[int, bytes]:
     """A completed record's flags and tail, as record.lua describes them."""
-    flags = _FLAG_DURABLE * item.durable | _FLAG_OMITTED * item.answer_omitted
+    flags, tail = _FLAG_DURABLE * item.durable | _FLAG_OMITTED * item.answer_omitted, item.answer
+    if len(tail) >= _COMPRESSED_FROM:
+        compressed = _SIZE.pack(len(tail)) + zlib.compress(tail, 1)
+        if len(compressed) < len(tail):
+            flags, tail = flags | _FLAG_COMPRESSED, compressed
     if item.timeline:
-        return flags | _FLAG_TIMELINE, _TIMELINE.pack(item.timeline) + item.answer
-    return flags, item.answer
+        flags, tail = flags | _FLAG_TIMELINE, _TIMELINE.pack(item.timeline) + tail
+    return flags, tail
 
 
 def _replay(code: int, flags: int, tail: bytes) -> Replay:
     """What _flags_and_tail made, as an outcome."""
-    timeline = 0
+    durable, omitted, timeline = flags & _FLAG_DURABLE != 0, flags & _FLAG_OMITTED != 0, 0
     if flags & _FLAG_TIMELINE:
         [timeline] = _TIMELINE.unpack_from(tail)
         tail = tail[_TIMELINE.size :]
-    return Replay(code, tail, flags & _FLAG_DURABLE != 0, timeline, flags & _FLAG_OMITTED != 0)
+    if flags & _FLAG_COMPRESSED:
+        try:
+            tail = _decompressed(tail)
+        except ValueError:
+            _UNREADABLE.inc()
+            tail, omitted = b"", True
+    return Replay(code, tail, durable, timeline, omitted)
+
+
+def _decompressed(sized: bytes) -> bytes:
+    """The answer in a size and a zlib stream. Raises ValueError if it is not one of that size, and makes no more."""
+    [size] = _SIZE.unpack_from(sized)
+    stream = zlib.decompressobj()
+    if size <= LARGEST_ANSWER:
+        with suppress(zlib.error):
+            answer = stream.decompress(memoryview(sized)[_SIZE.size :], size + 1)
+            if len(answer) == size and stream.eof:
+                return answer
+    raise ValueError("not an answer of that size")
 
 
 async def _ask(connection: AbstractConnection, *command: bytes | str | int) -> Any:
