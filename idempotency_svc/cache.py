@@ -6,6 +6,8 @@ import asyncio
 import enum
 import struct
 import time
+import zlib
+from binascii import b2a_base64
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha1
@@ -50,7 +52,12 @@ class ClaimItem(NamedTuple):
 
 
 class CompleteItem(NamedTuple):
-    """The answer of a key. durable: it is committed in the database, whatever this store believes."""
+    """The answer of a key.
+
+    durable: it is committed in the database, whatever this store believes. Only then: timeline, that of the database
+    when it was committed (it grows with each failover; 0: unknown); answer_omitted, it is too large to be kept here,
+    and `answer` is empty.
+    """
 
     scope: bytes
     fingerprints: Fingerprints
@@ -59,6 +66,8 @@ class CompleteItem(NamedTuple):
     answer: bytes
     ttl_millis: int
     durable: bool
+    timeline: int = 0
+    answer_omitted: bool = False
 
 
 class ReleaseItem(NamedTuple):
@@ -84,11 +93,16 @@ class Takeover:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The key has its answer."""
+    """The key has its answer, as the CompleteItem said.
+
+    If answer_omitted, only the database has its bytes. That is said, too, of bytes that were damaged here.
+    """
 
     code: int
     answer: bytes
     durable: bool
+    timeline: int = 0
+    answer_omitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +169,9 @@ class Cache(Protocol):
         """Puts the answer into the record and sets its time to live.
 
         Durable, must look at nothing but these: a durable record is not changed, ALREADY for the same request,
-        MISMATCH for another, but a durable OK (code 0) overwrites a durable error. All else is overwritten: COMPLETED
-        for the owner's nonce, RESTORED for an absent, released, not durably completed or foreign record.
+        MISMATCH for another, but a durable OK (code 0) overwrites a durable error, and a higher timeline overwrites
+        any. All else is overwritten: COMPLETED for the owner's nonce, RESTORED for an absent, released, completed or
+        foreign record.
 
         Not durable, must answer MISMATCH for a record with other fingerprints, ALREADY for a completed one, COMPLETED
         for one in progress with this nonce, its lease over or not, and FENCED for all else, absent ones included.
@@ -191,13 +206,16 @@ _PROBE_DOWN_SECONDS = 0.2
 _PROBE_KEY = "idem:probe"
 _CONNECTIONS = 32
 _LARGEST_REPLY = 3 << 20
+_COMPRESSED_FROM = 513
 
 _CLAIM = struct.Struct(">II16sB")
 _COMPLETE = struct.Struct(">16sIBBBI")
 _OUTCOME = struct.Struct(">BI")
+_TIMELINE = _SIZE = struct.Struct(">I")
 _ACQUIRED, _TAKEOVER, _REPLAY, _BUSY, _MISMATCH = range(1, 6)
 _CLAIM_OUTCOMES = ("", "acquired", "takeover", "replay", "busy", "mismatch")
 _UNREADABLE_BIT = 0x80
+_FLAG_DURABLE, _FLAG_OMITTED, _FLAG_TIMELINE, _FLAG_COMPRESSED = 1, 2, 4, 8
 _FIRST = Acquired(1)
 
 # By the first word of an error. Any other is a defect in the call, not a state of Redis, and fails that call alone.
@@ -298,7 +316,7 @@ class RedisCache:
                 outcome = _FIRST if number == 1 else Acquired(number)
             elif kind == _REPLAY:
                 end = at + 2 + number
-                outcome = Replay(reply[at], reply[at + 2 : end], reply[at + 1] == 1)
+                outcome = _replay(reply[at], reply[at + 1], reply[at + 2 : end])
                 at = end
             elif kind == _BUSY:
                 outcome = Busy(number)
@@ -317,10 +335,12 @@ class RedisCache:
     async def complete(self, items: Sequence[CompleteItem]) -> list[Completed]:
         """As Cache.complete."""
         packed = []
-        for _, fingerprints, nonce, code, answer, ttl_millis, durable in items:
-            packed.append(_COMPLETE.pack(nonce, ttl_millis, durable, code, len(fingerprints), len(answer)))
-            packed += [b"%c%b" % fingerprint for fingerprint in fingerprints]
-            packed.append(answer)
+        for item in items:
+            flags, tail = _flags_and_tail(item)
+            kinds = len(item.fingerprints)
+            packed.append(_COMPLETE.pack(item.nonce, item.ttl_millis, flags, item.code, kinds, len(tail)))
+            packed += [b"%c%b" % fingerprint for fingerprint in item.fingerprints]
+            packed.append(tail)
         reply = await self._run(self._complete, items, b"".join(packed))
         return _results("complete", Completed, reply)
 
@@ -331,7 +351,7 @@ class RedisCache:
 
     async def _run(self, script: _Script, items: Sequence[_Item], *arguments: bytes) -> bytes:
         """One call of a script with the items' keys; a reply, or Unavailable."""
-        keys = [b"idem:1:{%b}" % item.scope[:16].hex().encode() for item in items]
+        keys = [_key(item.scope) for item in items]
         async with self._slots:
             if self._away is not None:
                 raise _unavailable(self._away)
@@ -460,6 +480,11 @@ class RedisCache:
             await self._idle.pop().disconnect(nowait=True)
 
 
+def _key(scope: bytes) -> bytes:
+    """Where the record of a scope is: 128 bits of it as base64, which has no braces and is short: keys cost memory."""
+    return b"idem:{%b}" % b2a_base64(scope[:16])[:22]
+
+
 _Item = ClaimItem | CompleteItem | ReleaseItem
 _Result = TypeVar("_Result", Completed, Released)
 
@@ -472,6 +497,45 @@ def _results(step: str, kind: type[_Result], reply: bytes) -> list[_Result]:
     if unreadable := sum(byte >= _UNREADABLE_BIT for byte in reply):
         _UNREADABLE.inc(unreadable)
     return results
+
+
+def _flags_and_tail(item: CompleteItem) -> tuple[int, bytes]:
+    """A completed record's flags and tail, as record.lua describes them."""
+    flags, tail = _FLAG_DURABLE * item.durable | _FLAG_OMITTED * item.answer_omitted, item.answer
+    if len(tail) >= _COMPRESSED_FROM:
+        compressed = _SIZE.pack(len(tail)) + zlib.compress(tail, 1)
+        if len(compressed) < len(tail):
+            flags, tail = flags | _FLAG_COMPRESSED, compressed
+    if item.timeline:
+        flags, tail = flags | _FLAG_TIMELINE, _TIMELINE.pack(item.timeline) + tail
+    return flags, tail
+
+
+def _replay(code: int, flags: int, tail: bytes) -> Replay:
+    """What _flags_and_tail made, as an outcome."""
+    durable, omitted, timeline = flags & _FLAG_DURABLE != 0, flags & _FLAG_OMITTED != 0, 0
+    if flags & _FLAG_TIMELINE:
+        [timeline] = _TIMELINE.unpack_from(tail)
+        tail = tail[_TIMELINE.size :]
+    if flags & _FLAG_COMPRESSED:
+        try:
+            tail = _decompressed(tail)
+        except ValueError:
+            _UNREADABLE.inc()
+            tail, omitted = b"", True
+    return Replay(code, tail, durable, timeline, omitted)
+
+
+def _decompressed(sized: bytes) -> bytes:
+    """The answer in a size and a zlib stream. Raises ValueError if it is not one of that size, and makes no more."""
+    [size] = _SIZE.unpack_from(sized)
+    stream = zlib.decompressobj()
+    if size <= LARGEST_ANSWER:
+        with suppress(zlib.error):
+            answer = stream.decompress(memoryview(sized)[_SIZE.size :], size + 1)
+            if len(answer) == size and stream.eof:
+                return answer
+    raise ValueError("not an answer of that size")
 
 
 async def _ask(connection: AbstractConnection, *command: bytes | str | int) -> Any:

@@ -1,8 +1,8 @@
 -- Claims each key for its item's nonce, in order.
 -- ARGV[1], item by item: lease_millis 4 · ttl_millis 4 · nonce 16 · kinds 1 · fingerprints.
--- ARGV[2]: how many bytes of answers one reply may hold, in all; the first answer always fits. Who finds no room is told
--- BUSY for one millisecond, and asks again.
--- Answers, item by item: outcome 1 · number 4, and after REPLAY: code 1 · durable 1 · the answer, of `number` bytes.
+-- ARGV[2]: how many bytes of answers, uncompressed, one reply may hold, in all; the first answer always fits. Who finds no
+-- room is told BUSY for one millisecond, and asks again.
+-- Answers, item by item: outcome 1 · number 4, and after REPLAY: code 1 · flags 1 · the record's tail, of `number` bytes.
 
 local ACQUIRED, TAKEOVER, REPLAY, BUSY, MISMATCH = 1, 2, 3, 4, 5
 
@@ -33,10 +33,11 @@ for i, key in ipairs(KEYS) do
     elseif not same_request(record.fingerprints, fingerprints) then
       outcome, number = MISMATCH, record.durable and 1 or 0
     elseif record.state == COMPLETED then
-      if #record.answer <= room or room == limit then
-        outcome, number = REPLAY, #record.answer
-        answer = struct.pack('>BB', record.code, record.durable and 1 or 0) .. record.answer
-        room = room - #record.answer
+      local size = answer_size_of(record.flags, record.tail)
+      if size <= room or room == limit then
+        outcome, number = REPLAY, #record.tail
+        answer = struct.pack('>BB', record.code, record.flags) .. record.tail
+        room = room - size
       else
         outcome, number = BUSY, 1
       end

@@ -2,13 +2,17 @@
 --
 --   format 1 · state 1 · flags 1 · code 1 · epoch 4 · kinds 1 · kinds × (kind 1, digest 32) · tail
 --
--- Integers are big-endian. The tail of C (completed) is the answer, that of I (in progress) and of R (released) is
--- lease_until 6 (milliseconds, this server's clock) · nonce 16. Bytes that are anything else, another format among
--- them, count as an absent record.
+-- Integers are big-endian. The tail of C (completed) is the answer, after its timeline 4 if that flag is set, and after
+-- the size 4 that it has uncompressed if that flag is set; that of I (in progress) and of R (released) is lease_until 6
+-- (milliseconds, this server's clock) · nonce 16. Bytes that are anything else, another format among them, count as an
+-- absent record. What is new gets a flag rather than a format: records without it stay what they were.
 
 local FORMAT = 1
 local IN_PROGRESS, COMPLETED, RELEASED = 73, 67, 82 -- 'I', 'C', 'R'
-local DURABLE = 1
+-- Flags of C. OMITTED: the answer is in the caller's own truth alone. COMPRESSED: as a zlib stream, which is for others
+-- to read.
+local DURABLE, OMITTED, TIMELINE, COMPRESSED = 1, 2, 4, 8
+local FLAGS = 15
 local FINGERPRINT = 33
 local UNREADABLE = 128 -- added to an outcome whose record was there, but was not one
 
@@ -19,6 +23,22 @@ end
 
 local function pack(state, flags, code, epoch, fingerprints, tail)
   return struct.pack('>BBBBI4B', FORMAT, state, flags, code, epoch, #fingerprints / FINGERPRINT) .. fingerprints .. tail
+end
+
+-- How many bytes of a completed record's tail are not the answer.
+local function head_of(flags)
+  return bit.band(flags, TIMELINE) + bit.band(flags, COMPRESSED) / 2 -- which is 4 for each
+end
+
+-- The timeline in the tail of a completed record, 0 without one.
+local function timeline_of(flags, tail)
+  return bit.band(flags, TIMELINE) == 0 and 0 or struct.unpack('>I4', tail)
+end
+
+-- How many bytes the answer in the tail of a completed record has uncompressed.
+local function answer_size_of(flags, tail)
+  local head = head_of(flags)
+  return bit.band(flags, COMPRESSED) == 0 and #tail - head or struct.unpack('>I4', tail, head - 3)
 end
 
 -- What GET answered → the record as a table; or nil and why: 0 (absent) or UNREADABLE. A third value is an error that
@@ -33,12 +53,14 @@ local function unpack_record(found)
   local format, state, flags, code, epoch, kinds = struct.unpack('>BBBBI4B', found)
   local tail = 10 + FINGERPRINT * kinds
   local left = #found - tail + 1
-  if format ~= FORMAT or flags > DURABLE or kinds == 0 or left < 0 then return nil, UNREADABLE end
+  if format ~= FORMAT or flags > FLAGS or kinds == 0 or left < 0 then return nil, UNREADABLE end
   local record = {
-    state = state, durable = flags == DURABLE, code = code, epoch = epoch, fingerprints = string.sub(found, 10, tail - 1),
+    state = state, flags = flags, durable = bit.band(flags, DURABLE) ~= 0, code = code, epoch = epoch,
+    fingerprints = string.sub(found, 10, tail - 1),
   }
   if state == COMPLETED then
-    record.answer = string.sub(found, tail)
+    if left < head_of(flags) then return nil, UNREADABLE end
+    record.tail = string.sub(found, tail)
   elseif (state == IN_PROGRESS or state == RELEASED) and left == 22 then
     record.lease_until, record.nonce = struct.unpack('>I6c16', found, tail)
   else

@@ -50,8 +50,17 @@ class IdempotencyServicer:
             if len(answer) > cache.LARGEST_ANSWER:
                 raise _invalid(f"items[{index}].answer", answer, f"must be at most {cache.LARGEST_ANSWER} bytes")
             _check_ttl(index, ttl_millis)
+            durable, timeline, answer_omitted = item.durable, item.timeline, item.answer_omitted
+            if timeline and not durable:
+                raise _invalid(f"items[{index}].timeline", timeline, "must be 0 unless durable")
+            if answer_omitted and (answer or not durable):
+                raise _invalid(f"items[{index}].answer_omitted", True, "must be durable and without an answer")
             fingerprints = _fingerprints(index, item.fingerprints)
-            items.append(cache.CompleteItem(scope, fingerprints, nonce, code, answer, ttl_millis, item.durable))
+            items.append(
+                cache.CompleteItem(
+                    scope, fingerprints, nonce, code, answer, ttl_millis, durable, timeline, answer_omitted
+                )
+            )
         return b"".join([_COMPLETED[result] for result in await self._records.complete(items)])
 
     async def Release(self, request: pb.ReleaseRequest, call: Call) -> bytes:
@@ -110,8 +119,11 @@ def _claim_answer(outcome: cache.ClaimOutcome) -> bytes:
             return _FIRST
         case cache.Acquired(epoch):
             answer = pb.ClaimOutcome(acquired=pb.ClaimOutcome.Acquired(epoch=epoch))
-        case cache.Replay(code, stored, durable):
-            answer = pb.ClaimOutcome(replay=pb.ClaimOutcome.Replay(code=code, answer=stored, durable=durable))
+        case cache.Replay(code, stored, durable, timeline, answer_omitted):
+            replay = pb.ClaimOutcome.Replay(
+                code=code, answer=stored, durable=durable, timeline=timeline, answer_omitted=answer_omitted
+            )
+            answer = pb.ClaimOutcome(replay=replay)
         case cache.Busy(lease_left_millis):
             answer = pb.ClaimOutcome(busy=pb.ClaimOutcome.Busy(lease_left_millis=lease_left_millis))
         case cache.Takeover(epoch):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import random
 import signal
 import socket
+import struct
 import time
+import tracemalloc
+import zlib
 from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,7 +59,7 @@ def new_scope() -> bytes:
 
 
 def key_of(scope: bytes) -> str:
-    return f"idem:1:{{{scope[:16].hex()}}}"
+    return f"idem:{{{base64.b64encode(scope[:16]).decode().rstrip('=')}}}"
 
 
 def claim_item(
@@ -90,8 +94,9 @@ async def complete(
     answer: bytes = b"answer",
     ttl: int = TTL,
     durable: bool = False,
+    timeline: int = 0,
 ) -> Completed:
-    [result] = await cache.complete([CompleteItem(scope, fingerprints, nonce, code, answer, ttl, durable)])
+    [result] = await cache.complete([CompleteItem(scope, fingerprints, nonce, code, answer, ttl, durable, timeline)])
     return result
 
 
@@ -357,6 +362,52 @@ async def test_a_durable_error_never_replaces_a_durable_ok(cache: Cache) -> None
     assert await claim(cache, scope, THIRD) == Replay(0, b"committed", True)
 
 
+@pytest.mark.parametrize("there,comes,result", [
+    # (timeline, code) of the durable record, and of a durable completion of the same request
+    ((1, 0), (2, 0), RESTORED),
+    ((1, 0), (2, 9), RESTORED),
+    ((0, 0), (1, 9), RESTORED),
+    ((1, 9), (2, 9), RESTORED),
+    ((2**32 - 2, 0), (2**32 - 1, 9), RESTORED),
+    ((2, 0), (2, 0), ALREADY),
+    ((2, 0), (2, 9), ALREADY),
+    ((2, 0), (1, 0), ALREADY),
+    ((2, 0), (0, 0), ALREADY),
+    ((2, 9), (1, 9), ALREADY),
+    ((2, 9), (2, 0), RESTORED),
+    ((2, 9), (1, 0), RESTORED),
+])  # fmt: skip
+async def test_a_higher_timeline_overwrites_any_durable_record(
+    cache: Cache, there: tuple[int, int], comes: tuple[int, int], result: Completed
+) -> None:
+    async def put(scope: bytes, fingerprints: Fingerprints, of: tuple[int, int], answer: bytes) -> Completed:
+        timeline, code = of
+        return await complete(
+            cache, scope, OTHER, fingerprints, code=code, answer=answer, durable=True, timeline=timeline
+        )
+
+    def replay(of: tuple[int, int], answer: bytes) -> Replay:
+        return Replay(of[1], answer, True, of[0])
+
+    scope = new_scope()
+    assert await put(scope, SAME, there, b"there") is RESTORED
+    assert await put(scope, SAME, comes, b"comes") is result
+    assert await claim(cache, scope) == (replay(comes, b"comes") if result is RESTORED else replay(there, b"there"))
+    assert await put(scope, SAME, comes, b"comes") is ALREADY, "a repetition changes nothing"
+
+    foreign = new_scope()
+    assert await put(foreign, FOREIGN, there, b"there") is RESTORED
+    assert await put(foreign, SAME, comes, b"comes") is (DIFFERS if result is ALREADY else result)
+
+
+async def test_an_answer_kept_elsewhere_says_so(cache: Cache) -> None:
+    scope = new_scope()
+    item = CompleteItem(scope, SAME, OWNER, 0, b"", TTL, True, 7, answer_omitted=True)
+    assert await cache.complete([item, item]) == [RESTORED, ALREADY]
+    assert await claim(cache, scope, OTHER) == Replay(0, b"", True, 7, answer_omitted=True)
+    assert await claim(cache, scope, OTHER, FOREIGN) == Mismatch(True)
+
+
 async def test_a_lost_record_is_restored_only_by_the_database(cache: Cache) -> None:
     scope = new_scope()
     assert await complete(cache, scope) is Completed.FENCED
@@ -435,7 +486,7 @@ async def test_answers_come_back_byte_for_byte(cache: Cache, size: int) -> None:
 
 async def test_a_reply_has_a_limit_and_one_answer_always_fits(cache: Cache) -> None:
     scopes = [new_scope() for _ in range(3)]
-    large, small = b"L" * LARGEST_ANSWER, b"s" * 100
+    large, small = os.urandom(LARGEST_ANSWER), b"s" * 100
     for scope, answer in zip(scopes, (large, large, small), strict=True):
         assert await complete(cache, scope, answer=answer, durable=True) is Completed.RESTORED
     outcomes = await cache.claim([claim_item(scope, OTHER) for scope in scopes])
@@ -493,20 +544,84 @@ async def test_a_cancelled_call_does_not_mix_up_others(cache: Cache) -> None:
 # --- the records in Redis --------------------------------------------------------------------------------------------
 
 
-async def test_a_record_is_one_small_string(cache: RedisCache, raw: redis.asyncio.Redis) -> None:
+@pytest.mark.parametrize("kinds,most", [(1, 400), (3, 464)])
+async def test_a_record_is_one_small_string(cache: RedisCache, raw: redis.asyncio.Redis, kinds: int, most: int) -> None:
     """With an answer of 256 bytes, all of it: key, expiry, the table's share."""
-    scope = new_scope()
-    await claim(cache, scope)
-    await complete(cache, scope, answer=os.urandom(256), durable=True)
-    assert await raw.type(key_of(scope)) == b"string"
-    assert await raw.strlen(key_of(scope)) == 9 + 33 + 256
-    assert (await raw.memory_usage(key_of(scope), samples=0) or 0) <= 450
 
-    before = (await raw.info("memory"))["used_memory"]
-    for _ in range(40):
-        items = [CompleteItem(new_scope(), SAME, OWNER, 0, os.urandom(256), TTL, True) for _ in range(250)]
-        await cache.complete(items)
-    assert ((await raw.info("memory"))["used_memory"] - before) / 10_000 <= 545
+    def item() -> CompleteItem:
+        fingerprints = tuple((kind, os.urandom(32)) for kind in range(1, kinds + 1))
+        return CompleteItem(new_scope(), fingerprints, OWNER, 0, os.urandom(256), TTL, True, timeline=1)
+
+    first = item()
+    await cache.complete([first])
+    key = key_of(first.scope)
+    assert await raw.type(key) == b"string"
+    assert await raw.strlen(key) == 9 + 33 * kinds + 4 + 256
+    assert (await raw.memory_usage(key, samples=0) or 0) <= most
+
+    before, count = (await raw.info("memory"))["used_memory"], 10_000
+    for _ in range(count // 250):
+        await cache.complete([item() for _ in range(250)])
+    assert ((await raw.info("memory"))["used_memory"] - before) / count <= 545
+
+
+@pytest.mark.parametrize("size,kept", [(512, 512), (513, 64), (100_000, 1000)])
+async def test_larger_answers_are_compressed(cache: RedisCache, raw: redis.asyncio.Redis, size: int, kept: int) -> None:
+    scope, answer = new_scope(), (b"one like the other, " * 5000)[:size]
+    assert await complete(cache, scope, answer=answer, durable=True, timeline=9) is RESTORED
+    assert await raw.strlen(key_of(scope)) <= 9 + 33 + 8 + kept
+    assert await claim(cache, scope) == Replay(0, answer, True, 9)
+
+
+async def test_what_compression_makes_no_smaller_stays_as_it_is(cache: RedisCache, raw: redis.asyncio.Redis) -> None:
+    scope, answer = new_scope(), os.urandom(600)
+    await complete(cache, scope, answer=answer, durable=True)
+    assert answer in (await raw.get(key_of(scope)) or b"")
+    assert await claim(cache, scope) == Replay(0, answer, True)
+
+
+DAMAGED = {
+    "no stream": struct.pack(">I", 600) + b"garbage",
+    "cut": struct.pack(">I", 600) + zlib.compress(b"a" * 600)[:-1],
+    "shorter than said": struct.pack(">I", 600) + zlib.compress(b"a" * 599),
+    "longer than said": struct.pack(">I", 600) + zlib.compress(b"a" * 601),
+    "a bomb": struct.pack(">I", 600) + zlib.compress(b"a" * 500_000_000),
+    "a bomb that says so": struct.pack(">I", 500_000_000) + zlib.compress(b"a" * 500_000_000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+async def test_a_damaged_answer_counts_as_omitted(cache: RedisCache, raw: redis.asyncio.Redis, damage: str) -> None:
+    """The caller's own truth has it; finding out costs no more memory than the answer would."""
+    counted = metric("orchestrator_idempotency_unreadable_records_total")
+    scope, whole = new_scope(), new_scope()
+    await raw.set(key_of(scope), b"\x01C\x09\x00\x00\x00\x00\x01\x01\x01" + b"\x01" * 32 + DAMAGED[damage])
+    await complete(cache, whole, durable=True)
+    tracemalloc.start()
+    outcomes = await cache.claim([claim_item(scope), claim_item(whole)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert outcomes[0] == Replay(0, b"", True, answer_omitted=True)
+    assert outcomes[1] in (Replay(0, b"answer", True), Busy(1)), "Busy: the answer before claimed all the room"
+    assert metric("orchestrator_idempotency_unreadable_records_total") == counted + 1
+    assert peak < 2 << 20
+
+
+async def test_the_limit_of_a_reply_counts_what_compressed_answers_become(cache: Cache) -> None:
+    scopes = [new_scope() for _ in range(3)]
+    answer = b"a" * (LARGEST_ANSWER - 1)
+    for scope in scopes:
+        assert await complete(cache, scope, answer=answer, durable=True) is RESTORED
+    assert await cache.claim([claim_item(scope) for scope in scopes]) == [Replay(0, answer, True), Busy(1), Busy(1)]
+
+
+async def test_records_from_before_the_flags_are_read(cache: RedisCache, raw: redis.asyncio.Redis) -> None:
+    for flags, durable in ((b"\x00", False), (b"\x01", True)):
+        scope = new_scope()
+        await raw.set(key_of(scope), b"\x01C" + flags + b"\x05\x00\x00\x00\x01\x01\x01" + b"\x01" * 32 + b"as it was")
+        assert await claim(cache, scope) == Replay(5, b"as it was", durable)
+        assert await complete(cache, scope, answer=b"new", durable=True, timeline=1) is RESTORED
+        assert await claim(cache, scope) == Replay(0, b"new", True, 1)
 
 
 GARBAGE = {
@@ -514,7 +629,9 @@ GARBAGE = {
     "text": b"garbage",
     "another format": b"\x02" + b"C\x01\x00\x00\x00\x00\x01\x01" + b"\x01" * 33,
     "unknown state": b"\x01" + b"X\x00\x00\x00\x00\x00\x01\x01" + b"\x01" * 33,
-    "unknown flag": b"\x01" + b"C\x02\x00\x00\x00\x00\x01\x01" + b"\x01" * 33,
+    "cut in the timeline": b"\x01" + b"C\x05\x00\x00\x00\x00\x01\x01" + b"\x01" * 33 + b"\x00" * 3,
+    "cut in the size": b"\x01" + b"C\x0d\x00\x00\x00\x00\x01\x01" + b"\x01" * 33 + b"\x00" * 7,
+    "unknown flag": b"\x01" + b"C\x80\x00\x00\x00\x00\x01\x01" + b"\x01" * 33,
     "no fingerprint": b"\x01" + b"C\x00\x00\x00\x00\x00\x01\x00" + b"answer",
     "cut in the fingerprints": b"\x01" + b"C\x00\x00\x00\x00\x00\x01\x02" + b"\x01" * 65,
     "cut in the tail": b"\x01" + b"I\x00\x00\x00\x00\x00\x01\x01" + b"\x01" * 33 + b"\x00" * 21,

@@ -159,6 +159,21 @@ async def test_a_key_from_claim_to_replay(controller: Agent) -> None:
     assert (await outcome(claim(scope, mine, fingerprints=[fingerprint(b"x")]))).mismatch.durable
 
 
+async def test_a_replay_tells_what_the_completion_said(controller: Agent) -> None:
+    scopes = [os.urandom(32) for _ in range(2)]
+    items = [
+        completion(scopes[0], durable=True, timeline=2**32 - 1),
+        completion(scopes[1], durable=True, timeline=3, answer=b"", answer_omitted=True),
+    ]
+    done = (await controller.ask(request(*items))).response
+    assert {outcome.result for outcome in done.outcomes} == {pb.CompleteOutcome.RESULT_RESTORED}
+    replays = (await controller.ask(request(*(claim(scope) for scope in scopes)))).response.outcomes
+    assert [outcome.replay for outcome in replays] == [
+        pb.ClaimOutcome.Replay(answer=b"answer", durable=True, timeline=2**32 - 1),
+        pb.ClaimOutcome.Replay(durable=True, timeline=3, answer_omitted=True),
+    ]
+
+
 async def test_a_batch_has_an_outcome_for_each_item_in_order(controller: Agent) -> None:
     scopes = [os.urandom(32) for _ in range(256)]
     first = (await controller.ask(request(*(claim(scope) for scope in scopes)))).response
@@ -208,6 +223,13 @@ BAD_ITEMS: dict[str, tuple[Any, str]] = {
     "completion with a negative code": (completion(code=-1), "items[1].code"),
     "completion with code 17": (completion(code=17), "items[1].code"),
     "completion with a large answer": (completion(answer=b"a" * ((2 << 20) + 1)), "items[1].answer"),
+    "completion with a timeline that is not durable": (completion(timeline=1), "items[1].timeline"),
+    "completion with an omitted answer that is not durable": (
+        completion(answer=b"", answer_omitted=True), "items[1].answer_omitted"
+    ),
+    "completion with an omitted answer that is there": (
+        completion(durable=True, answer_omitted=True), "items[1].answer_omitted"
+    ),
     "completion without ttl": (completion(ttl_millis=0), "items[1].ttl_millis"),
     "release with a short scope": (release(scope=b"s"), "items[1].scope"),
     "release without nonce": (release(nonce=b""), "items[1].nonce"),

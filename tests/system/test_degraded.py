@@ -37,7 +37,7 @@ def create(name: str = "n") -> sessions_pb.CreateSessionRequest:
 
 def records(connection: redis.Redis) -> list[bytes]:
     """The keys of all records in Redis."""
-    return list(connection.scan_iter("idem:1:*"))
+    return list(connection.scan_iter("idem:{*"))
 
 
 async def is_serving(agent: Agent, name: str = "") -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -196,6 +197,6 @@ async def seconds_in_redis(world: World, tenant: Tenant, code: int) -> float:
         "select answer from idempotency_guards where tenant = %s and code = %s", tenant.name, code
     )
     with redis.Redis.from_url(world.valkey.url) as connection:
-        key = f"idem:1:{{{scope[:16].hex()}}}"
+        key = f"idem:{{{base64.b64encode(scope[:16]).decode().rstrip('=')}}}"
         await eventually(lambda: answer in (connection.get(key) or b""))
         return float(connection.pttl(key)) / 1000

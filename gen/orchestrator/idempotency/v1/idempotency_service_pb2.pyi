@@ -268,22 +268,32 @@ class ClaimOutcome(_message.Message):
         CODE_FIELD_NUMBER: _builtins.int
         ANSWER_FIELD_NUMBER: _builtins.int
         DURABLE_FIELD_NUMBER: _builtins.int
+        TIMELINE_FIELD_NUMBER: _builtins.int
+        ANSWER_OMITTED_FIELD_NUMBER: _builtins.int
         code: _builtins.int
         """Output only. The gRPC status code of the answer as a number; 0 is OK."""
         answer: _builtins.bytes
         """Output only. The bytes of the response message if OK, else those of a `google.rpc.Status`."""
         durable: _builtins.bool
         """Output only. Whether the answer is that of the completing caller's own truth."""
+        timeline: _builtins.int
+        """Output only. The timeline of the caller's own truth that the completion named; 0: none."""
+        answer_omitted: _builtins.bool
+        """Output only. Whether the bytes of the answer are in the caller's own truth alone, which is to be read
+        instead; `answer` is empty then.
+        """
         def __init__(
             self,
             *,
             code: _builtins.int = ...,
             answer: _builtins.bytes = ...,
             durable: _builtins.bool = ...,
+            timeline: _builtins.int = ...,
+            answer_omitted: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "code", b"code", "durable", b"durable"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "answer_omitted", b"answer_omitted", "code", b"code", "durable", b"durable", "timeline", b"timeline"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -386,6 +396,8 @@ class CompleteItem(_message.Message):
     ANSWER_FIELD_NUMBER: _builtins.int
     TTL_MILLIS_FIELD_NUMBER: _builtins.int
     DURABLE_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
+    ANSWER_OMITTED_FIELD_NUMBER: _builtins.int
     scope: _builtins.bytes
     """Required. The key, 32 bytes, as it was claimed."""
     nonce: _builtins.bytes
@@ -398,6 +410,14 @@ class CompleteItem(_message.Message):
     """Required. How long the answer is to be replayed from now, in milliseconds, from 1 to 2592000000."""
     durable: _builtins.bool
     """Optional. Whether the caller's own truth holds this answer, whatever the record says."""
+    timeline: _builtins.int
+    """Optional. Which timeline of the caller's own truth holds the answer, a number that grows when a failover
+    may have lost its newest part; 0: unknown. Only with `durable`.
+    """
+    answer_omitted: _builtins.bool
+    """Optional. Whether the answer is larger than the caller wants it kept here: replays shall say that its
+    bytes are in the caller's own truth alone. Only with `durable` and without `answer`.
+    """
     @_builtins.property
     def fingerprints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fingerprint]:
         """Required. The fingerprints of the request that has this answer, 1 to 8, each of another kind."""
@@ -412,10 +432,12 @@ class CompleteItem(_message.Message):
         answer: _builtins.bytes = ...,
         ttl_millis: _builtins.int = ...,
         durable: _builtins.bool = ...,
+        timeline: _builtins.int = ...,
+        answer_omitted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "code", b"code", "durable", b"durable", "fingerprints", b"fingerprints", "nonce", b"nonce", "scope", b"scope", "ttl_millis", b"ttl_millis"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "answer_omitted", b"answer_omitted", "code", b"code", "durable", b"durable", "fingerprints", b"fingerprints", "nonce", b"nonce", "scope", b"scope", "timeline", b"timeline", "ttl_millis", b"ttl_millis"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -438,7 +460,8 @@ class CompleteOutcome(_message.Message):
         RESULT_COMPLETED: CompleteOutcome._Result.ValueType  # 1
         """The record was the caller's and has the answer."""
         RESULT_RESTORED: CompleteOutcome._Result.ValueType  # 2
-        """The record was absent, released, another's or completed with less authority, and has the answer.
+        """The record was absent, released, another's, or completed with less authority or on a lower timeline,
+        and has the answer.
         Only durable completions end so.
         """
         RESULT_ALREADY: CompleteOutcome._Result.ValueType  # 3
@@ -458,7 +481,8 @@ class CompleteOutcome(_message.Message):
     RESULT_COMPLETED: CompleteOutcome.Result.ValueType  # 1
     """The record was the caller's and has the answer."""
     RESULT_RESTORED: CompleteOutcome.Result.ValueType  # 2
-    """The record was absent, released, another's or completed with less authority, and has the answer.
+    """The record was absent, released, another's, or completed with less authority or on a lower timeline,
+    and has the answer.
     Only durable completions end so.
     """
     RESULT_ALREADY: CompleteOutcome.Result.ValueType  # 3

@@ -116,9 +116,10 @@ class IdempotencyServiceServicer:
         """Completes keys: puts the answer into each record, to be replayed until its time to live is over.
 
         A durable completion looks neither at the owner nor, unless the record is durable too, at the
-        fingerprints: the caller's own truth has decided. It overwrites everything but a durable record, and a
-        durable OK overwrites a durable error as well. A completion that is not durable needs the record to be
-        in progress, with the caller's nonce; that its lease is over does not matter.
+        fingerprints: the caller's own truth has decided. It overwrites everything but a durable record; a
+        durable OK overwrites a durable error as well, and a higher timeline overwrites any record, since a
+        failover of the caller's truth has lost what the lower one was about. A completion that is not durable
+        needs the record to be in progress, with the caller's nonce; that its lease is over does not matter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -70,9 +70,10 @@ class IdempotencyServiceStub:
     """Completes keys: puts the answer into each record, to be replayed until its time to live is over.
 
     A durable completion looks neither at the owner nor, unless the record is durable too, at the
-    fingerprints: the caller's own truth has decided. It overwrites everything but a durable record, and a
-    durable OK overwrites a durable error as well. A completion that is not durable needs the record to be
-    in progress, with the caller's nonce; that its lease is over does not matter.
+    fingerprints: the caller's own truth has decided. It overwrites everything but a durable record; a
+    durable OK overwrites a durable error as well, and a higher timeline overwrites any record, since a
+    failover of the caller's truth has lost what the lower one was about. A completion that is not durable
+    needs the record to be in progress, with the caller's nonce; that its lease is over does not matter.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_idempotency_service_pb2.ReleaseRequest, _idempotency_service_pb2.ReleaseResponse]
     """Releases keys: gives up ownership without an answer, for a call that had no effect and will have none.
@@ -122,9 +123,10 @@ class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
     """Completes keys: puts the answer into each record, to be replayed until its time to live is over.
 
     A durable completion looks neither at the owner nor, unless the record is durable too, at the
-    fingerprints: the caller's own truth has decided. It overwrites everything but a durable record, and a
-    durable OK overwrites a durable error as well. A completion that is not durable needs the record to be
-    in progress, with the caller's nonce; that its lease is over does not matter.
+    fingerprints: the caller's own truth has decided. It overwrites everything but a durable record; a
+    durable OK overwrites a durable error as well, and a higher timeline overwrites any record, since a
+    failover of the caller's truth has lost what the lower one was about. A completion that is not durable
+    needs the record to be in progress, with the caller's nonce; that its lease is over does not matter.
     """
     Release: _aio.UnaryUnaryMultiCallable[_idempotency_service_pb2.ReleaseRequest, _idempotency_service_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Releases keys: gives up ownership without an answer, for a call that had no effect and will have none.
@@ -183,9 +185,10 @@ class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Completes keys: puts the answer into each record, to be replayed until its time to live is over.
 
         A durable completion looks neither at the owner nor, unless the record is durable too, at the
-        fingerprints: the caller's own truth has decided. It overwrites everything but a durable record, and a
-        durable OK overwrites a durable error as well. A completion that is not durable needs the record to be
-        in progress, with the caller's nonce; that its lease is over does not matter.
+        fingerprints: the caller's own truth has decided. It overwrites everything but a durable record; a
+        durable OK overwrites a durable error as well, and a higher timeline overwrites any record, since a
+        failover of the caller's truth has lost what the lower one was about. A completion that is not durable
+        needs the record to be in progress, with the caller's nonce; that its lease is over does not matter.
         """
 
     @_abc_1.abstractmethod
