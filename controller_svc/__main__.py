@@ -75,6 +75,7 @@ async def serve(settings: ControllerSettings) -> None:
         idempotency,
         Lifetimes(settings.idempotency_ttl_seconds, settings.idempotency_error_ttl_seconds),
         lanes=settings.write_lanes,
+        near_bytes=settings.near_replay_bytes,
         always_require_key=settings.idempotency_require_key == "all",
         on_written=lambda row: claims.written(row),  # noqa: PLW0108 - claims needs the door first
     )

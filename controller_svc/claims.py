@@ -213,7 +213,7 @@ class Claims:
             trace_id=attempt.trace_id,
             method=attempt.method,
             scope=attempt.scope,
-            fingerprint=attempt.fingerprint,
+            fingerprints=attempt.fingerprints,
             key_hash=attempt.key_hash,
             command_id=attempt.command_id,
             lifetime=self._door.lifetimes.of_guard(attempt, 0),
@@ -229,6 +229,7 @@ class Claims:
                     if attempt.result.cancelled() and attempt.key_hash is None:
                         raise NothingToClaimError  # the caller left while this one stood in line
                     sent = True
+                    attempt.timeline = connection.timeline
                     with confirmed(connection, WATCHDOG_SECONDS):
                         outcome = await claim_tasks(connection, claim, respond)
             except (psycopg.Error, PoolTimeout, OutcomeUnknownError) as error:
@@ -258,6 +259,7 @@ class Claims:
         while True:
             try:
                 async with self._database.claims.connection() as connection:
+                    attempt.timeline = connection.timeline
                     with confirmed(connection, WATCHDOG_SECONDS):
                         return await recorded(connection, attempt.tenant, attempt.scope)
             except (psycopg.Error, PoolTimeout, OutcomeUnknownError):

@@ -45,6 +45,12 @@ class ControllerSettings(OidcSettings, ServiceKeySettings):
         le=86400,
         description="How long at most error answers are replayed; at least twice the longest attempt.",
     )
+    near_replay_bytes: int = Field(
+        default=32 << 20,
+        ge=0,
+        le=4 << 30,
+        description="Memory for OK answers that this process replays without asking anybody; 0: none.",
+    )
     idempotency_require_key: Literal["method", "all"] = Field(
         default="method",
         description="Which guarded methods need an idempotency key: those whose proto says so, or all.",

@@ -1,4 +1,4 @@
-"""The fast path of idempotency: keys, scopes and fingerprints; claims and completions in groups, behind a breaker."""
+"""The fast path of idempotency: keys and scopes; claims and completions in groups, behind a breaker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 from collections import Counter as Counted
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -17,16 +16,13 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from controller_svc.core.status import Component
+from controller_svc.fingerprint import PACKED
 from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
-from orchestrator.options.v1 import options_pb2
 from svckit.errors import InvalidArgument
 from svckit.groups import Groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from google.protobuf.descriptor import Descriptor
-    from google.protobuf.message import Message
 
     from orchestrator.idempotency.v1.idempotency_service_pb2_grpc import IdempotencyServiceAsyncStub
 
@@ -46,7 +42,7 @@ MAX_PENDING_BYTES = 64 << 20
 """Completions and releases that may wait. Past it they are dropped: the guard in Postgres answers instead."""
 MAX_BATCH_BYTES = 3 << 20
 """Of one Complete; idempotency_svc takes 4 MiB."""
-MAX_ANSWER_BYTES = 2 << 20
+MAX_ANSWER_BYTES = 64 << 10
 """Of one answer in Redis; a larger one is replayed from its guard."""
 _AWAY = frozenset(
     {
@@ -95,27 +91,6 @@ def scope_of(*parts: str) -> bytes:
     return digest.digest()
 
 
-def fingerprint_of(request: Message) -> bytes:
-    """Kind 1: SHA-256 of the request's deterministic serialisation, in which the order of map entries is no matter.
-
-    Without the fields that the proto marks `fingerprint_exclude`: a retry may change them.
-    """
-    excluded = _excluded(request.DESCRIPTOR)
-    if excluded:
-        whole, request = request, type(request)()
-        request.CopyFrom(whole)
-        for name in excluded:
-            request.ClearField(name)
-    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-
-
-@cache
-def _excluded(descriptor: Descriptor) -> tuple[str, ...]:
-    return tuple(
-        field.name for field in descriptor.fields if field.GetOptions().Extensions[options_pb2.fingerprint_exclude]
-    )
-
-
 class Idempotency:
     """The client of idempotency_svc. Nothing here raises because the service is away: Postgres decides without it."""
 
@@ -139,11 +114,14 @@ class Idempotency:
         """Whether it is worth asking: switched on, and neither away nor in doubt."""
         return self._probe is None and bool(self._component.up)
 
-    def claim_item(self, scope: bytes, fingerprint: bytes, nonce: bytes, lease: float) -> pb.ClaimItem:
-        """An ask for a scope, to be owned for `lease` seconds; again with the same nonce, it is answered the same."""
+    def claim_item(self, scope: bytes, fingerprints: bytes, nonce: bytes, lease: float) -> pb.ClaimItem:
+        """An ask for a scope, to be owned for `lease` seconds; again with the same nonce, it is answered the same.
+
+        `fingerprints` are packed, as controller_svc/fingerprint.py makes them.
+        """
         return pb.ClaimItem(
             scope=scope,
-            fingerprints=[pb.Fingerprint(kind=1, digest=fingerprint)],
+            fingerprints=_unpacked(fingerprints),
             nonce=nonce,
             lease_millis=int(lease * 1000),
             ttl_millis=self._ttl_millis,
@@ -164,21 +142,31 @@ class Idempotency:
             CLAIMS[kind or "away"].inc(count)
         return response.outcomes
 
-    def complete(self, scope: bytes, nonce: bytes, *, fingerprint: bytes, code: int, answer: bytes, ttl: float) -> None:
-        """Tells, off the caller's path, the answer that Postgres keeps for the scope (a durable Complete)."""
-        if ttl < 1 or len(answer) > MAX_ANSWER_BYTES:
+    def complete(
+        self, scope: bytes, nonce: bytes, *, fingerprints: bytes, code: int, answer: bytes, ttl: float, timeline: int
+    ) -> None:
+        """Tells, off the caller's path, the answer that Postgres keeps for the scope (a durable Complete).
+
+        `ttl` in seconds; `timeline` is that of the connection on which the guard was written or read, 0 if unknown. An
+        answer over MAX_ANSWER_BYTES stays in its guard: the record says so.
+        """
+        if ttl < 1:
             return
+        omitted = len(answer) > MAX_ANSWER_BYTES
+        kept = b"" if omitted else answer
         self._later(
             _End(
-                size=len(answer) + 128,
+                size=len(kept) + 160,
                 complete=pb.CompleteItem(
                     scope=scope,
-                    fingerprints=[pb.Fingerprint(kind=1, digest=fingerprint)],
+                    fingerprints=_unpacked(fingerprints),
                     nonce=nonce,
                     code=code,
-                    answer=answer,
+                    answer=kept,
                     ttl_millis=int(ttl * 1000),
                     durable=True,
+                    timeline=timeline,
+                    answer_omitted=omitted,
                 ),
             )
         )
@@ -272,6 +260,15 @@ class Idempotency:
             self._component = Component(True, "", datetime.now(UTC))
             DEGRADED.set(0)
             log.info("idempotency_svc back")
+
+
+def _unpacked(fingerprints: bytes) -> list[pb.Fingerprint]:
+    if len(fingerprints) < PACKED:  # a guard of before
+        return [pb.Fingerprint(kind=1, digest=fingerprints)]
+    return [
+        pb.Fingerprint(kind=fingerprints[at], digest=fingerprints[at + 1 : at + PACKED])
+        for at in range(0, len(fingerprints), PACKED)
+    ]
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ import asyncio
 import random
 from collections import Counter as Counted
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -21,7 +21,10 @@ import structlog
 from prometheus_client import Counter
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from controller_svc.idempotency import KEY_HEADER, fingerprint_of, idempotency_key, scope_of
+from controller_svc.fingerprint import PACKED, earlier_fingerprint_of, fingerprints_of, same_request
+from controller_svc.first_sent import FIRST_SENT_HEADER, first_sent, key_expired
+from controller_svc.idempotency import KEY_HEADER, idempotency_key, scope_of
+from controller_svc.replays import Replays
 from controller_svc.store.database import (
     STATEMENT_SECONDS,
     OutcomeUnknownError,
@@ -84,6 +87,10 @@ SWEEP_SECONDS = 10.0
 _OUTCOMES = Counter("orchestrator_writes_total", "Commands in a sent statement, by what became of them.", ["outcome"])
 OUTCOMES = {outcome: _OUTCOMES.labels(outcome.value) for outcome in Outcome}
 UNKNOWN = _OUTCOMES.labels("unknown")
+NEAR = Counter("orchestrator_near_replays_total", "Replays answered from this process's own memory.")
+
+_NO_FINGERPRINT = b"\0" * 32
+"""Of a call without a key, whose scope no other has."""
 
 
 class Answer(NamedTuple):
@@ -106,12 +113,15 @@ class Attempt:
     on_behalf_of: str
     trace_id: str
     scope: bytes
-    fingerprint: bytes
+    fingerprints: bytes
+    request: Any
     key_hash: bytes | None
     """None: without a key, so the scope is its own."""
     deadline: float
     """By the event loop's clock."""
     command_id: UUID
+    first_sent: datetime | None
+    """When the caller says it tried first."""
     result: asyncio.Future[Answer | Exception | pb.ClaimOutcome]
     """Cancelled when the caller has left. An outcome: the key is another's, and the caller has to wait for it."""
     mutation: Mutation[Any] = None  # type: ignore[assignment]  # a claim of tasks has none
@@ -120,6 +130,8 @@ class Attempt:
     go: Callable[[Attempt], None] = lambda attempt: None
     """Does the work once the key is ours, or once Postgres is to decide; settles the attempt."""
     not_after: Any = None
+    timeline: int = 0
+    """Of the connection on which its guard was last written or read."""
     claimed: bool = False
     """The key may be ours at idempotency_svc."""
     given_up: bool = False
@@ -153,6 +165,11 @@ class Lifetimes:
         self._of_ok = timedelta(seconds=max(48 * 3600.0, ok + 24 * 3600.0))
         self._of_error = timedelta(seconds=error)
 
+    @property
+    def window(self) -> timedelta:
+        """How long after its first attempt a call may still be retried."""
+        return timedelta(seconds=self.ok)
+
     def of_guard(self, attempt: Attempt, code: int) -> timedelta:
         """By Postgres' clock. An OK answer's guard outlives its record in Redis by a day, whatever clocks say."""
         if attempt.key_hash is None:
@@ -175,15 +192,17 @@ class Door:
         *,
         lanes: int,
         always_require_key: bool = False,
+        near_bytes: int = 0,
         on_written: Callable[[Row], None] = lambda row: None,
     ) -> None:
-        """`on_written` is called for each row once it is committed."""
+        """`near_bytes` bounds the answers kept in this process; `on_written` is called for each committed row."""
         self._database = database
         self._idempotency = idempotency
         self.lifetimes = lifetimes
         self._always_require_key = always_require_key
         self._on_written = on_written
         self._loop = asyncio.get_running_loop()
+        self._near = Replays(near_bytes)
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}
         self._claims: Groups[Attempt] = Groups("claim", self._claim, self._not_claimed, max_size=96)
@@ -215,8 +234,10 @@ class Door:
             on_behalf_of="",
             trace_id="",
             scope=scope_of("keyless", command_id.hex),
-            fingerprint=b"\0" * 32,
+            fingerprints=_NO_FINGERPRINT,
+            request=None,
             key_hash=None,
+            first_sent=None,
             deadline=self._loop.time() + SWEEP_SECONDS,
             command_id=command_id,
             result=self._loop.create_future(),
@@ -236,9 +257,9 @@ class Door:
     # -- key --
 
     def attempt(self, call: Call) -> Attempt:
-        """A new attempt at a call, with its key's scope and fingerprint.
+        """A new attempt at a call, with its key's scope and fingerprints.
 
-        Raises InvalidArgument for a bad or missing key.
+        Raises InvalidArgument for a bad or missing key, or a bad time of the first attempt.
         """
         principal = call.principal
         method = call.policy.full_method
@@ -251,10 +272,13 @@ class Door:
             )
         command_id = uuid4()
         if key is None:
-            scope, fingerprint, key_hash = scope_of("keyless", command_id.hex), b"\0" * 32, None
+            scope, fingerprints, key_hash = scope_of("keyless", command_id.hex), _NO_FINGERPRINT, None
+            sent = None
         else:
             scope = scope_of(principal.issuer, principal.tenant, principal.subject, method, key)
-            fingerprint, key_hash = fingerprint_of(call.request), scope_of(key)
+            fingerprints, key_hash = fingerprints_of(call.raw, call.request), scope_of(key)
+            times = call.values(FIRST_SENT_HEADER)
+            sent = first_sent(times, datetime.now(UTC)) if times else None
         return Attempt(
             method=method,
             tenant=principal.tenant,
@@ -262,8 +286,10 @@ class Door:
             on_behalf_of=principal.on_behalf_of,
             trace_id=call.trace.trace_id,
             scope=scope,
-            fingerprint=fingerprint,
+            fingerprints=fingerprints,
+            request=call.request,
             key_hash=key_hash,
+            first_sent=sent,
             deadline=call.deadline,
             command_id=command_id,
             result=self._loop.create_future(),
@@ -288,8 +314,18 @@ class Door:
         if attempt.key_hash is None:
             self._go(attempt)
             return await self._settled(attempt)  # type: ignore[no-any-return]
+        self._near.turn_to(self._database.timeline)
+        near = self._near.get(attempt.scope, attempt.fingerprints, self._loop.time())
+        if near is not None:
+            NEAR.inc()
+            return Answer(0, near, replayed=True)
+        if attempt.first_sent is not None and attempt.first_sent < self._database.now() - self.lifetimes.window:
+            guard = await self._guard(attempt)
+            if guard is None:
+                raise key_expired(attempt.first_sent, self.lifetimes.window)
+            return self.replay(attempt, guard)
         while (owner := self._owners.get(attempt.scope)) is not None:
-            if owner.fingerprint != attempt.fingerprint:
+            if not same_request(owner.fingerprints, attempt.fingerprints):
                 return await self._recorded(attempt)
             answer = await self._follow(owner, attempt, call)
             if answer is not None:
@@ -309,9 +345,12 @@ class Door:
             if answer is not None:
                 self.settle(attempt, answer)
                 return answer
-            pause = min(2 * pause, LAST_LOOK)
             attempt.result = self._loop.create_future()
-            self._claims.put(attempt)
+            if result.WhichOneof("outcome") == "replay":
+                self._go(attempt)
+            else:
+                pause = min(2 * pause, LAST_LOOK)
+                self._claims.put(attempt)
 
     async def _settled(self, attempt: Attempt) -> Any:
         """What became of the attempt. A caller that leaves before the start takes it along. Raises a refusal."""
@@ -373,7 +412,7 @@ class Door:
             [
                 self._idempotency.claim_item(
                     attempt.scope,
-                    attempt.fingerprint,
+                    attempt.fingerprints,
                     attempt.command_id.bytes,
                     max(min(attempt.deadline - now, 30.0), 0.0) + 2.0,
                 )
@@ -396,7 +435,7 @@ class Door:
         elif outcome is None or attempt.claimed:
             attempt.alone = kind == "takeover"  # the owner before may still be at work: wait for its locks
             self._go(attempt)
-        elif kind == "replay":
+        elif kind == "replay" and self._holds(outcome.replay):
             self.settle(attempt, Answer(outcome.replay.code, outcome.replay.answer, replayed=True))
         elif not attempt.result.done():
             attempt.result.set_result(outcome)
@@ -411,10 +450,19 @@ class Door:
             attempt.claimed = kind in ("acquired", "takeover", None)
             if attempt.given_up:
                 self._release(attempt)
-            elif outcome is not None and kind == "replay" and not attempt.started and not attempt.settled:
+            elif (
+                outcome is not None
+                and kind == "replay"
+                and self._holds(outcome.replay)
+                and not (attempt.started or attempt.settled)
+            ):
                 self._groups.take_out(attempt)
                 self._alone.take_out(attempt)
                 self.settle(attempt, Answer(outcome.replay.code, outcome.replay.answer, replayed=True))
+
+    def _holds(self, replay: pb.ClaimOutcome.Replay) -> bool:
+        """Whether a record's answer may be told: it is there, and no failover since can have lost its guard."""
+        return not replay.answer_omitted and replay.timeline == self._database.timeline
 
     def _not_announced(self, attempt: Attempt, error: Exception) -> None:
         """The work goes on all the same."""
@@ -425,18 +473,26 @@ class Door:
             self._idempotency.release(attempt.scope, attempt.command_id.bytes)
 
     async def _look(self, attempt: Attempt, outcome: pb.ClaimOutcome, pause: float, call: Call) -> Answer | None:
-        """The answer for a key that is another's by its record; None: claim again, the owner has had time.
+        """The answer for a key that is another's by its record.
+
+        None: a failover has lost what the record tells of; or its owner has had time, claim again.
 
         Raises FailedPrecondition IDEMPOTENCY_KEY_REUSED, or Aborted IDEMPOTENCY_IN_PROGRESS when the owner has not
         answered in time.
         """
-        if outcome.WhichOneof("outcome") == "mismatch":
-            if outcome.mismatch.durable:
-                raise _key_reused()
-            return await self._recorded(attempt)
+        kind = outcome.WhichOneof("outcome")
+        if kind == "mismatch":
+            try:
+                return await self._recorded(attempt)
+            except Unavailable:
+                if outcome.mismatch.durable:
+                    raise _key_reused() from None
+                raise
         guard = await self._guard(attempt)  # busy: its owner may have died between COMMIT and Complete
         if guard is not None:
             return self.replay(attempt, guard)
+        if kind == "replay":
+            return None
         if attempt.remaining < pause + MARGIN:
             raise _in_progress(outcome.busy.lease_left_millis / 1000)
         with call.waiting():
@@ -452,6 +508,7 @@ class Door:
 
     async def _guard(self, attempt: Attempt) -> Guard | None:
         async with self._database.looking() as connection:
+            attempt.timeline = connection.timeline
             return (await read_guards(connection, [(attempt.tenant, attempt.scope)])).get(attempt.scope)
 
     def replay(self, attempt: Attempt, guard: Guard) -> Answer:
@@ -459,20 +516,26 @@ class Door:
         mine = guard.command_id == attempt.command_id
         if attempt.key_hash is not None:
             self._complete(
-                attempt, guard.fingerprint, guard.code, guard.answer, guard.expire_time - self._database.now()
+                attempt, guard.fingerprints, guard.code, guard.answer, guard.expire_time - self._database.now()
             )
-        if not mine and guard.fingerprint != attempt.fingerprint:
+        if not mine and not _same(guard, attempt):
             raise _key_reused()
         return Answer(guard.code, guard.answer, replayed=not mine)
 
-    def _complete(self, attempt: Attempt, fingerprint: bytes, code: int, answer: bytes, guard_left: timedelta) -> None:
+    def _complete(self, attempt: Attempt, fingerprints: bytes, code: int, answer: bytes, guard_left: timedelta) -> None:
+        """Has the guard's answer kept where it is found faster: at idempotency_svc, and an OK in this process too."""
+        ttl = self.lifetimes.of_record(code, guard_left)
+        timeline = attempt.timeline
+        if code == 0:
+            self._near.put(attempt.scope, fingerprints, answer, expires=self._loop.time() + ttl, timeline=timeline)
         self._idempotency.complete(
             attempt.scope,
             attempt.command_id.bytes,
-            fingerprint=fingerprint,
+            fingerprints=fingerprints,
             code=code,
             answer=answer,
-            ttl=self.lifetimes.of_record(code, guard_left),
+            ttl=ttl,
+            timeline=timeline,
         )
 
     # -- read, decide, write --
@@ -537,7 +600,7 @@ class Door:
     def _pool(self, wait: bool) -> AsyncConnectionPool[Connection]:
         return self._database.alone if wait else self._database.groups
 
-    async def _decide(self, connection: psycopg.AsyncConnection[Any], attempts: list[Attempt]) -> list[Decided]:
+    async def _decide(self, connection: Connection, attempts: list[Attempt]) -> list[Decided]:
         """What each attempt wants written. Answers at once those that want nothing written."""
         found: dict[Key | Lookup, Any] = {}
         reads_rows: set[Attempt] = set()
@@ -562,6 +625,7 @@ class Door:
             try:
                 guard = guards.get(attempt.scope)
                 if guard is not None:
+                    attempt.timeline = connection.timeline
                     self.settle(attempt, self.replay(attempt, guard))
                     continue
                 attempt.unsure = attempt.unsure and attempt not in looked
@@ -595,7 +659,7 @@ class Door:
             command_id=attempt.command_id,
             tenant=attempt.tenant,
             scope=attempt.scope,
-            fingerprint=attempt.fingerprint,
+            fingerprints=attempt.fingerprints,
             code=code,
             answer=answer,
             lifetime=self.lifetimes.of_guard(attempt, code),
@@ -610,6 +674,8 @@ class Door:
         )
 
     async def _send(self, connection: Connection, decided: Sequence[Decided], wait: bool) -> list[Outcome]:
+        for attempt, _ in decided:
+            attempt.timeline = connection.timeline
         with confirmed(connection, WATCHDOG_SECONDS):
             outcomes, now = await write(connection, [write for _, write in decided], wait=wait)
         self._database.learn(now)
@@ -652,11 +718,13 @@ class Door:
         try:
             async with self._database.looking() as connection:
                 guards = await read_guards(connection, [(attempt.tenant, attempt.scope) for attempt, _ in pairs])
+                timeline = connection.timeline
         except ServiceError:
             for attempt, _ in pairs:
                 self._again(attempt)
             return
         for attempt, wanted in pairs:
+            attempt.timeline = timeline
             guard = guards.get(attempt.scope)
             if guard is None:
                 if outcomes[attempt] is Outcome.EXPIRED:
@@ -729,7 +797,7 @@ class Door:
     def finish(self, attempt: Attempt, code: int, body: bytes) -> Answer:
         """Ends an attempt whose answer is committed with its guard."""
         if attempt.key_hash is not None:
-            self._complete(attempt, attempt.fingerprint, code, body, self.lifetimes.of_guard(attempt, code))
+            self._complete(attempt, attempt.fingerprints, code, body, self.lifetimes.of_guard(attempt, code))
         answer = Answer(code, body)
         self.settle(attempt, answer)
         return answer
@@ -790,6 +858,13 @@ class Door:
         for follower in attempt.followers:
             if not follower.done():
                 follower.set_result(kept)
+
+
+def _same(guard: Guard, attempt: Attempt) -> bool:
+    """Whether the guard is of this request; one of before has a bare digest of kind 1."""
+    if len(guard.fingerprints) < PACKED and attempt.request is not None:
+        return guard.fingerprints == earlier_fingerprint_of(attempt.request)
+    return same_request(guard.fingerprints, attempt.fingerprints)
 
 
 def _key_reused() -> FailedPrecondition:

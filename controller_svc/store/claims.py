@@ -121,7 +121,7 @@ class TaskClaim:
     trace_id: str
     method: str
     scope: bytes
-    fingerprint: bytes
+    fingerprints: bytes
     key_hash: bytes | None
     command_id: UUID
     lifetime: timedelta
@@ -173,7 +173,7 @@ async def claim_tasks(
                 claim.tenant,
                 claim.scope,
                 claim.command_id,
-                claim.fingerprint,
+                claim.fingerprints,
                 answer,
                 claim.lifetime // timedelta(microseconds=1),
             ),

@@ -51,6 +51,8 @@ class Connection(psycopg.AsyncConnection[Any]):
     """A connection that remembers a warning, and can be cut."""
 
     warned = False
+    timeline = 0
+    """Postgres' timeline when this was connected; it grows with each failover. 0: unknown."""
 
     def take_note(self, notice: psycopg.errors.Diagnostic) -> None:
         """Notices that something was not as it should be: a COMMIT that no standby has confirmed is reported so."""
@@ -77,6 +79,8 @@ class Database:
         self._url = url
         self._on_change = on_change
         self._component = Component(False, "not connected yet", datetime.now(UTC))
+        self.timeline = 0
+        """Postgres' timeline as the newest connection found it."""
         self._offset: float | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._reads = self._pool("reads", 4)
@@ -235,6 +239,7 @@ class Database:
             }
             for setting, value in values.items():
                 await connection.execute("select set_config(%s, %s, false)", (setting, str(value)))
+            connection.timeline = self.timeline = await timeline_of(connection)
 
         return AsyncConnectionPool(
             self._url,
@@ -252,6 +257,20 @@ class Database:
                 "application_name": f"controller_svc {name}",
             },
         )
+
+
+async def timeline_of(connection: psycopg.AsyncConnection[Any]) -> int:
+    """The timeline that the server writes on now; 0 for a standby.
+
+    Not from pg_control_checkpoint(), which after a failover tells the one of before until the next checkpoint.
+    """
+    cursor = await connection.execute(
+        "select case when pg_is_in_recovery() then 0"
+        " else ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::bigint end"
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 @dataclass(slots=True, eq=False)

@@ -54,7 +54,8 @@ class Guard:
     """The record, in the effect's own transaction, of what a scope's command was answered."""
 
     command_id: UUID
-    fingerprint: bytes
+    fingerprints: bytes
+    """Packed (controller_svc/fingerprint.py), or a bare digest of kind 1."""
     code: int
     answer: bytes
     expire_time: datetime

@@ -44,7 +44,8 @@ class Write:
     command_id: UUID
     tenant: str
     scope: bytes
-    fingerprint: bytes
+    fingerprints: bytes
+    """Packed (controller_svc/fingerprint.py)."""
     code: int
     """gRPC status code of the answer; 0 is OK."""
     answer: bytes
@@ -186,7 +187,7 @@ _COMMAND: tuple[Column, ...] = (
     _column("scope", Blobs),
     Column("lock", Longs, lambda write: unpack_from(">q", write.scope)[0]),
     _column("command_id", Uuids),
-    _column("fingerprint", Blobs),
+    Column("fingerprint", Blobs, attrgetter("fingerprints")),
     _column("code", Ints),
     _column("answer", Blobs),
     Column("lifetime", Longs, lambda write: write.lifetime // _MICROSECOND),

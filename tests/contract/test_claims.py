@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 
 from controller_svc import mutation
-from controller_svc.idempotency import COMPLETE_GATHER, Idempotency
+from controller_svc.fingerprint import earlier_fingerprint_of
+from controller_svc.idempotency import COMPLETE_GATHER, MAX_ANSWER_BYTES, Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store.write import write
 from deploy.local.servers import Postgres
 from idempotency_svc.cache import RedisCache
 from idempotency_svc.servicer import IdempotencyServicer
 from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
-from svckit.errors import Aborted, FailedPrecondition
-from tests.contract.test_door import Client, _client
+from svckit.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
+from tests.contract.test_door import Client, _client, create_request
 
 
 class Stub:
@@ -82,7 +87,8 @@ async def foreign_claim(stub: Stub, item: pb.ClaimItem, *, lease_millis: int, di
     item.nonce = os.urandom(16)
     item.lease_millis = lease_millis
     if digest is not None:
-        item.fingerprints[0].digest = digest
+        for fingerprint in item.fingerprints:
+            fingerprint.digest = digest
     await stub.Claim(pb.ClaimRequest(items=[item]), timeout=1)
 
 
@@ -227,12 +233,127 @@ async def test_another_request_that_is_only_under_way_does_not_decide(client: Cl
     assert stub.outcomes[-1] == "mismatch"
 
 
+async def test_an_answer_that_a_failover_lost_is_not_replayed(
+    client: Client, stub: Stub, own_postgres: Postgres, tmp_path: Path
+) -> None:
+    """Redis has it for a day; the server that was promoted never had it."""
+    data, behind = tmp_path / "own-postgres" / "data", tmp_path / "behind"
+    own_postgres.stop()
+    shutil.copytree(data, behind)
+    own_postgres.start()
+    await ready(client)
+    lost = await client.create("k", a=1)
+    await completed()
+    assert await client.create("k", a=1) == lost + " replayed"
+
+    own_postgres.stop()
+    shutil.rmtree(data)
+    behind.rename(data)
+    (data / "standby.signal").touch()
+    own_postgres.start()
+    with psycopg.connect(own_postgres.url, autocommit=True) as connection:
+        connection.execute("select pg_promote()")
+    await ready(client)
+    again = await create_when_there(client)
+    assert again != lost
+    assert stub.outcomes[-1] == "replay"
+    await completed()
+    assert await client.create("k", a=1) == again + " replayed"
+    assert await client.rows("select count(*) from sessions") == [(1,)]
+    own_postgres.stop()
+    assert await client.create("k", a=1) == again + " replayed", "the record is of the new timeline now"
+
+
+async def create_when_there(client: Client) -> str:
+    """Connections of before the restart fail when they are next used; a caller retries."""
+    while True:
+        try:
+            return await client.create("k", a=1)
+        except Unavailable:
+            await asyncio.sleep(0.05)
+
+
+async def ready(client: Client) -> None:
+    """Waits until writes go through again; each try has no key, so that no claim is made."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await client.rows("select pg_is_in_recovery()")
+                await client.move("Activate", await client.session())
+            except (ServiceError, psycopg.Error):
+                await asyncio.sleep(0.05)
+            else:
+                break
+    async with await psycopg.AsyncConnection.connect(client.url, autocommit=True) as connection:
+        await connection.execute("delete from sessions")
+
+
+async def test_an_answer_over_the_limit_is_replayed_from_its_guard(client: Client, stub: Stub) -> None:
+    big = "x" * MAX_ANSWER_BYTES
+    client.answer_suffix = big
+    first = await client.create("k", a=1)
+    await completed()
+    assert await client.create("k", a=1) == first + " replayed"
+    assert stub.outcomes == ["acquired", "replay"]
+    assert first.endswith(big)
+    assert await client.rows("select count(*) from sessions") == [(1,)]
+
+
+async def test_a_guard_of_an_earlier_version_is_compared_by_its_one_fingerprint(client: Client, stub: Stub) -> None:
+    first = await client.create("k", a=1)
+    await completed()
+    async with await psycopg.AsyncConnection.connect(client.url, autocommit=True) as connection:
+        await connection.execute(
+            "update idempotency_guards set fingerprint = %s", (earlier_fingerprint_of(create_request(a=1)),)
+        )
+    stub.lose_all()
+    assert await client.create("k", a=1) == first + " replayed"
+    await completed()
+    assert await client.create("k", a=1) == first + " replayed", "its record has kind 1 alone"
+    with pytest.raises(FailedPrecondition, match="IDEMPOTENCY_KEY_REUSED"):
+        await client.create("k", a=2)
+
+
+async def test_near_answers_need_nobody(client: Client, stub: Stub, own_postgres: Postgres) -> None:
+    client.door = Door(
+        client.database,
+        Idempotency(None, ttl=86400),
+        Lifetimes(ok=86400, error=600),
+        lanes=1,
+        near_bytes=1 << 20,
+    )
+    first = await client.create("k", a=1)
+    own_postgres.stop()
+    assert await client.create("k", a=1) == first + " replayed"
+
+
+async def test_a_retry_that_comes_too_late_is_refused_unless_its_answer_is_known(client: Client, stub: Stub) -> None:
+    old = ("idempotency-first-sent", (datetime.now(UTC) - timedelta(seconds=86401)).isoformat())
+    with pytest.raises(FailedPrecondition) as refused:
+        await client.create("k", more=(old,), a=1)
+    assert refused.value.reason == "IDEMPOTENCY_KEY_EXPIRED"
+    assert await client.rows("select count(*) from sessions") == [(0,)]
+    first = await client.create("k", a=1)
+    assert await client.create("k", more=(old,), a=1) == first + " replayed"
+    fresh = ("idempotency-first-sent", (datetime.now(UTC) - timedelta(seconds=86000)).isoformat())
+    assert not (await client.create("other", more=(fresh,))).endswith("replayed")
+    with pytest.raises(InvalidArgument) as invalid:
+        await client.create("third", more=(("idempotency-first-sent", "yesterday"),))
+    assert invalid.value.reason == "IDEMPOTENCY_FIRST_SENT_INVALID"
+
+
 async def test_large_answers_are_completed_in_batches_the_service_takes(stub: Stub) -> None:
     idempotency = Idempotency(stub, ttl=86400)  # type: ignore[arg-type]
-    for number in range(8):
+    for number in range(100):
         idempotency.complete(
-            bytes([number]) * 32, os.urandom(16), fingerprint=b"f" * 32, code=0, answer=b"a" * 900_000, ttl=60
+            bytes([number]) * 32,
+            os.urandom(16),
+            fingerprints=b"f" * 33,
+            code=0,
+            answer=b"a" * 60_000,
+            ttl=60,
+            timeline=1,
         )
     await idempotency.close()
-    assert 900_000 < stub.largest < 4 << 20
+    assert 2 << 20 < stub.largest < 4 << 20
     assert idempotency.component().up

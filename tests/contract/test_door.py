@@ -49,6 +49,13 @@ SERVICE = "/orchestrator.controller.v1.SessionService/"
 MUTATIONS = SessionMutations(timedelta(days=7))
 
 
+def create_request(**data: Any) -> pb.CreateSessionRequest:
+    """The request of Client.create."""
+    request = pb.CreateSessionRequest(agent_role="finance")
+    request.metadata.update(data)
+    return request
+
+
 @dataclass
 class Client:
     """Calls the door as a servicer does."""
@@ -56,15 +63,21 @@ class Client:
     door: Door
     database: Database
     url: str
+    answer_suffix: str = ""
 
     async def create(
-        self, key: str | None = None, *, seconds: float = 20, principal: Principal = PRINCIPAL, **data: Any
+        self,
+        key: str | None = None,
+        *,
+        seconds: float = 20,
+        principal: Principal = PRINCIPAL,
+        more: tuple[tuple[str, str], ...] = (),
+        **data: Any,
     ) -> str:
-        """A CreateSession; answers the session's id."""
+        """A CreateSession, with `more` metadata; answers the session's id."""
         command = CreateSession(actor=ACTOR, id=new_id(), agent_role="finance", task_id=None, metadata=data)
-        request = pb.CreateSessionRequest(agent_role="finance")
-        request.metadata.update(data)
-        return await self._write(MUTATIONS.create, command, "CreateSession", request, key, seconds, principal)
+        request = create_request(**data)
+        return await self._write(MUTATIONS.create, command, "CreateSession", request, key, seconds, principal, more)
 
     async def move(
         self, verb: str, session_id: Any, key: str | None = None, *, seconds: float = 20, etag: str = ""
@@ -92,11 +105,12 @@ class Client:
         key: str | None,
         seconds: float,
         principal: Principal = PRINCIPAL,
+        more: tuple[tuple[str, str], ...] = (),
     ) -> str:
         call = Call(
             policy=POLICIES[SERVICE + method],
-            raw=b"",
-            metadata=() if key is None else (("idempotency-key", key),),
+            raw=request.SerializeToString(),
+            metadata=more if key is None else (("idempotency-key", key), *more),
             deadline=asyncio.get_running_loop().time() + seconds,
             trace=new_trace(),
             principal=principal,
@@ -105,7 +119,7 @@ class Client:
         )
 
         def respond(session: Session) -> bytes:
-            return f"{session.id} {session.state} {session.version}".encode()
+            return f"{session.id} {session.state} {session.version}{self.answer_suffix}".encode()
 
         answer = (await self.door.write(mutation, command, call, respond)).decode()
         return answer + (" replayed" if call.trailers else "")

@@ -92,7 +92,7 @@ def write_of(decision: Decision | None = None, **changes: Any) -> Write:
         "command_id": command_id,
         "tenant": "t",
         "scope": hashlib.sha256(command_id.bytes).digest(),
-        "fingerprint": b"f" * 32,
+        "fingerprints": b"f" * 32,
         "code": 0,
         "answer": b"answer",
         "lifetime": timedelta(hours=48),
