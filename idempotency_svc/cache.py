@@ -119,6 +119,14 @@ class Mismatch:
     durable: bool
 
 
+class ExtendItem(NamedTuple):
+    """Asks for more time with a key."""
+
+    scope: bytes
+    nonce: bytes
+    lease_millis: int
+
+
 ClaimOutcome = Acquired | Takeover | Replay | Busy | Mismatch
 
 
@@ -136,6 +144,15 @@ class Released(enum.Enum):
     """What became of a ReleaseItem."""
 
     RELEASED = 1
+    ABSENT = 2
+    FENCED = 3
+    ALREADY = 4
+
+
+class Extended(enum.Enum):
+    """What became of an ExtendItem."""
+
+    EXTENDED = 1
     ABSENT = 2
     FENCED = 3
     ALREADY = 4
@@ -186,6 +203,14 @@ class Cache(Protocol):
         """
         ...
 
+    async def extend(self, items: Sequence[ExtendItem]) -> list[Extended]:
+        """Lets a nonce's lease end `lease_millis` from now, and the record not before it.
+
+        Must answer EXTENDED for a record in progress with this nonce, its lease over or not, FENCED for one with
+        another or a released one, ABSENT without a record, ALREADY for a completed one.
+        """
+        ...
+
 
 _log = structlog.get_logger(__name__)
 
@@ -210,6 +235,7 @@ _COMPRESSED_FROM = 513
 
 _CLAIM = struct.Struct(">II16sB")
 _COMPLETE = struct.Struct(">16sIBBBI")
+_EXTEND = struct.Struct(">16sI")
 _OUTCOME = struct.Struct(">BI")
 _TIMELINE = _SIZE = struct.Struct(">I")
 _ACQUIRED, _TAKEOVER, _REPLAY, _BUSY, _MISMATCH = range(1, 6)
@@ -274,6 +300,7 @@ class RedisCache:
         self._watcher: asyncio.Task[None] | None = None
         self._policy_hidden = False
         self._claim, self._complete, self._release = _Script("claim"), _Script("complete"), _Script("release")
+        self._extend = _Script("extend")
 
     @property
     def ready(self) -> bool:
@@ -348,6 +375,12 @@ class RedisCache:
         """As Cache.release."""
         reply = await self._run(self._release, items, b"".join([item.nonce for item in items]))
         return _results("release", Released, reply)
+
+    async def extend(self, items: Sequence[ExtendItem]) -> list[Extended]:
+        """As Cache.extend."""
+        packed = [_EXTEND.pack(item.nonce, item.lease_millis) for item in items]
+        reply = await self._run(self._extend, items, b"".join(packed))
+        return _results("extend", Extended, reply)
 
     async def _run(self, script: _Script, items: Sequence[_Item], *arguments: bytes) -> bytes:
         """One call of a script with the items' keys; a reply, or Unavailable."""
@@ -430,7 +463,7 @@ class RedisCache:
                 await _ask(connection, "SET", _PROBE_KEY, "1", "PX", 1000)
                 policy = await self._look_at_evictions(connection)
                 if not self.ready:
-                    for script in (self._claim, self._complete, self._release):
+                    for script in (self._claim, self._complete, self._release, self._extend):
                         await _ask(connection, "SCRIPT", "LOAD", script.text)
         except Exception as error:
             cause = _cause(error)
@@ -485,8 +518,8 @@ def _key(scope: bytes) -> bytes:
     return b"idem:{%b}" % b2a_base64(scope[:16])[:22]
 
 
-_Item = ClaimItem | CompleteItem | ReleaseItem
-_Result = TypeVar("_Result", Completed, Released)
+_Item = ClaimItem | CompleteItem | ReleaseItem | ExtendItem
+_Result = TypeVar("_Result", Completed, Released, Extended)
 
 
 def _results(step: str, kind: type[_Result], reply: bytes) -> list[_Result]:

@@ -63,6 +63,7 @@ local function unpack_record(found)
     record.tail = string.sub(found, tail)
   elseif (state == IN_PROGRESS or state == RELEASED) and left == 22 then
     record.lease_until, record.nonce = struct.unpack('>I6c16', found, tail)
+    record.lease_at = tail - 1 -- for SETRANGE, which counts from 0
   else
     return nil, UNREADABLE
   end

@@ -29,10 +29,7 @@ class IdempotencyServicer:
         for index, item in enumerate(request.items):
             scope, nonce, lease_millis, ttl_millis = item.scope, item.nonce, item.lease_millis, item.ttl_millis
             _check_owner(index, scope, nonce)
-            if not 1 <= lease_millis <= cache.LONGEST_LEASE_MILLIS:
-                raise _invalid(
-                    f"items[{index}].lease_millis", lease_millis, f"must be 1 to {cache.LONGEST_LEASE_MILLIS}"
-                )
+            _check_lease(index, lease_millis)
             _check_ttl(index, ttl_millis)
             fingerprints = _fingerprints(index, item.fingerprints)
             items.append(cache.ClaimItem(scope, fingerprints, nonce, lease_millis, ttl_millis))
@@ -73,6 +70,17 @@ class IdempotencyServicer:
             items.append(cache.ReleaseItem(scope, nonce))
         return b"".join([_RELEASED[result] for result in await self._records.release(items)])
 
+    async def Extend(self, request: pb.ExtendRequest, call: Call) -> bytes:
+        """Gives owners more time."""
+        _check_count(len(request.items))
+        items = []
+        for index, item in enumerate(request.items):
+            scope, nonce, lease_millis = item.scope, item.nonce, item.lease_millis
+            _check_owner(index, scope, nonce)
+            _check_lease(index, lease_millis)
+            items.append(cache.ExtendItem(scope, nonce, lease_millis))
+        return b"".join([_EXTENDED[result] for result in await self._records.extend(items)])
+
 
 def _check_count(count: int) -> None:
     if not 1 <= count <= cache.LARGEST_BATCH:
@@ -84,6 +92,11 @@ def _check_owner(index: int, scope: bytes, nonce: bytes) -> None:
         raise _invalid(f"items[{index}].scope", scope, f"must be {cache.SCOPE_BYTES} bytes")
     if len(nonce) != cache.NONCE_BYTES:
         raise _invalid(f"items[{index}].nonce", nonce, f"must be {cache.NONCE_BYTES} bytes")
+
+
+def _check_lease(index: int, lease_millis: int) -> None:
+    if not 1 <= lease_millis <= cache.LONGEST_LEASE_MILLIS:
+        raise _invalid(f"items[{index}].lease_millis", lease_millis, f"must be 1 to {cache.LONGEST_LEASE_MILLIS}")
 
 
 def _check_ttl(index: int, ttl_millis: int) -> None:
@@ -145,4 +158,10 @@ _RELEASED = {
         outcomes=[pb.ReleaseOutcome(result=pb.ReleaseOutcome.Result.Value(f"RESULT_{result.name}"))]
     ).SerializeToString()
     for result in cache.Released
+}
+_EXTENDED = {
+    result: pb.ExtendResponse(
+        outcomes=[pb.ExtendOutcome(result=pb.ExtendOutcome.Result.Value(f"RESULT_{result.name}"))]
+    ).SerializeToString()
+    for result in cache.Extended
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SERVICE = "orchestrator.idempotency.v1.IdempotencyService"
 TTL = 86_400_000
-Messages = pb.ClaimRequest | pb.CompleteRequest | pb.ReleaseRequest
+Messages = pb.ClaimRequest | pb.CompleteRequest | pb.ReleaseRequest | pb.ExtendRequest
 
 
 def fingerprint(text: bytes = b"f") -> pb.Fingerprint:
@@ -49,9 +49,14 @@ def release(scope: bytes = b"s" * 32, nonce: bytes = b"n" * 16) -> pb.ReleaseIte
     return pb.ReleaseItem(scope=scope, nonce=nonce)
 
 
+def extension(scope: bytes = b"s" * 32, nonce: bytes = b"n" * 16, lease_millis: int = 30_000) -> pb.ExtendItem:
+    return pb.ExtendItem(scope=scope, nonce=nonce, lease_millis=lease_millis)
+
+
 def request(*items: Any) -> Messages:
     kinds: dict[type, Callable[..., Messages]] = {
         pb.ClaimItem: pb.ClaimRequest, pb.CompleteItem: pb.CompleteRequest, pb.ReleaseItem: pb.ReleaseRequest,
+        pb.ExtendItem: pb.ExtendRequest,
     }  # fmt: skip
     return kinds[type(items[0])](items=items)
 
@@ -138,6 +143,8 @@ async def test_a_key_from_claim_to_replay(controller: Agent) -> None:
 
     assert (await outcome(claim(scope, mine))).acquired.epoch == 1
     assert (await outcome(claim(scope, mine))).acquired.epoch == 1
+    extended = (await controller.ask(request(extension(scope, mine), extension(scope, theirs)))).response.outcomes
+    assert [one.result for one in extended] == [pb.ExtendOutcome.RESULT_EXTENDED, pb.ExtendOutcome.RESULT_FENCED]
     assert 0 < (await outcome(claim(scope, theirs))).busy.lease_left_millis <= 30_000
     assert not (await outcome(claim(scope, theirs, fingerprints=[fingerprint(b"x")]))).mismatch.durable
 
@@ -232,6 +239,10 @@ BAD_ITEMS: dict[str, tuple[Any, str]] = {
     ),
     "completion without ttl": (completion(ttl_millis=0), "items[1].ttl_millis"),
     "release with a short scope": (release(scope=b"s"), "items[1].scope"),
+    "extension with a short scope": (extension(scope=b"s"), "items[1].scope"),
+    "extension without nonce": (extension(nonce=b""), "items[1].nonce"),
+    "extension without lease": (extension(lease_millis=0), "items[1].lease_millis"),
+    "extension with a lease over an hour": (extension(lease_millis=3_600_001), "items[1].lease_millis"),
     "release without nonce": (release(nonce=b""), "items[1].nonce"),
 }  # fmt: skip
 
@@ -246,6 +257,8 @@ async def test_a_bad_item_refuses_the_request_and_is_named(controller: Agent, na
             good = claim(scope)
         case pb.CompleteItem():
             good = completion(scope, durable=True)
+        case pb.ExtendItem():
+            good = extension(scope)
         case _:
             good = release(scope)
     answer = await controller.ask(request(good, item))
@@ -256,7 +269,7 @@ async def test_a_bad_item_refuses_the_request_and_is_named(controller: Agent, na
     assert outcome.acquired.epoch == 1, "the good item was not treated"
 
 
-@pytest.mark.parametrize("item", [claim, completion, release])
+@pytest.mark.parametrize("item", [claim, completion, release, extension])
 async def test_batches_have_a_size(controller: Agent, item: Callable[[], Any]) -> None:
     for items, reason in (([], "FIELD_REQUIRED"), ([item()] * 257, "FIELD_INVALID")):
         answer = await controller.ask(type(request(item()))(items=items))
@@ -287,7 +300,7 @@ async def test_only_the_controller_may_call(
     }
     for token, reason in refused.items():
         agent = Agent(shared.target, token)
-        for message in (request(claim()), request(completion()), request(release())):
+        for message in (request(claim()), request(completion()), request(release()), request(extension())):
             assert (await agent.ask(message)).refusal == ("UNAUTHENTICATED", reason)
         await agent.close()
 

@@ -164,6 +164,54 @@ class ReleaseResponse(_message.Message):
 Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
 
 @_typing.final
+class ExtendRequest(_message.Message):
+    """The request of `Extend`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExtendItem]:
+        """Required. The keys whose leases to extend, 1 to 256."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___ExtendItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendRequest: _TypeAlias = ExtendRequest  # noqa: Y015
+
+@_typing.final
+class ExtendResponse(_message.Message):
+    """The response of `Extend`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExtendOutcome]:
+        """Output only. What became of each item, in their order."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___ExtendOutcome] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendResponse: _TypeAlias = ExtendResponse  # noqa: Y015
+
+@_typing.final
 class ClaimItem(_message.Message):
     """A key to claim."""
 
@@ -588,6 +636,91 @@ class ReleaseOutcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseOutcome: _TypeAlias = ReleaseOutcome  # noqa: Y015
+
+@_typing.final
+class ExtendItem(_message.Message):
+    """A key whose lease to extend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    LEASE_MILLIS_FIELD_NUMBER: _builtins.int
+    scope: _builtins.bytes
+    """Required. The key, 32 bytes, as it was claimed."""
+    nonce: _builtins.bytes
+    """Required. The nonce of the claim, 16 bytes."""
+    lease_millis: _builtins.int
+    """Required. How long to own the key from now, in milliseconds, from 1 to 3600000. The record lives at
+    least as long.
+    """
+    def __init__(
+        self,
+        *,
+        scope: _builtins.bytes = ...,
+        nonce: _builtins.bytes = ...,
+        lease_millis: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_millis", b"lease_millis", "nonce", b"nonce", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendItem: _TypeAlias = ExtendItem  # noqa: Y015
+
+@_typing.final
+class ExtendOutcome(_message.Message):
+    """What became of an `ExtendItem`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Result:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ExtendOutcome._Result.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        RESULT_UNSPECIFIED: ExtendOutcome._Result.ValueType  # 0
+        """Not a result: every item has one of the others."""
+        RESULT_EXTENDED: ExtendOutcome._Result.ValueType  # 1
+        """The record is the caller's until the new lease is over."""
+        RESULT_ABSENT: ExtendOutcome._Result.ValueType  # 2
+        """There is no record."""
+        RESULT_FENCED: ExtendOutcome._Result.ValueType  # 3
+        """The record is not the caller's and is as it was: it is another's, or released."""
+        RESULT_ALREADY: ExtendOutcome._Result.ValueType  # 4
+        """The record is completed and is as it was."""
+
+    class Result(_Result, metaclass=_ResultEnumTypeWrapper):
+        """The ways in which an extension can end."""
+
+    RESULT_UNSPECIFIED: ExtendOutcome.Result.ValueType  # 0
+    """Not a result: every item has one of the others."""
+    RESULT_EXTENDED: ExtendOutcome.Result.ValueType  # 1
+    """The record is the caller's until the new lease is over."""
+    RESULT_ABSENT: ExtendOutcome.Result.ValueType  # 2
+    """There is no record."""
+    RESULT_FENCED: ExtendOutcome.Result.ValueType  # 3
+    """The record is not the caller's and is as it was: it is another's, or released."""
+    RESULT_ALREADY: ExtendOutcome.Result.ValueType  # 4
+    """The record is completed and is as it was."""
+
+    RESULT_FIELD_NUMBER: _builtins.int
+    result: Global___ExtendOutcome.Result.ValueType
+    """Output only. How it ended."""
+    def __init__(
+        self,
+        *,
+        result: Global___ExtendOutcome.Result.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendOutcome: _TypeAlias = ExtendOutcome  # noqa: Y015
 
 @_typing.final
 class Fingerprint(_message.Message):

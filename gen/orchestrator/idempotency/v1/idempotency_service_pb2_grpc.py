@@ -70,6 +70,11 @@ class IdempotencyServiceStub:
                 request_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.Extend = channel.unary_unary(
+                '/orchestrator.idempotency.v1.IdempotencyService/Extend',
+                request_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendRequest.SerializeToString,
+                response_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendResponse.FromString,
+                _registered_method=True)
 
 
 class IdempotencyServiceServicer:
@@ -134,6 +139,14 @@ class IdempotencyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Extend(self, request, context):
+        """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
+        while nobody has taken the key over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IdempotencyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -151,6 +164,11 @@ def add_IdempotencyServiceServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ReleaseRequest.FromString,
                     response_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Extend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Extend,
+                    request_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendRequest.FromString,
+                    response_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -255,6 +273,33 @@ class IdempotencyService:
             '/orchestrator.idempotency.v1.IdempotencyService/Release',
             orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ReleaseRequest.SerializeToString,
             orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Extend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orchestrator.idempotency.v1.IdempotencyService/Extend',
+            orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendRequest.SerializeToString,
+            orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendResponse.FromString,
             options,
             channel_credentials,
             insecure,

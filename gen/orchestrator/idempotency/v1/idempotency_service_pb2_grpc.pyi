@@ -80,6 +80,10 @@ class IdempotencyServiceStub:
     The record keeps its fingerprints and its time to live, so that another request with the key is still
     a mismatch.
     """
+    Extend: _grpc.UnaryUnaryMultiCallable[_idempotency_service_pb2.ExtendRequest, _idempotency_service_pb2.ExtendResponse]
+    """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
+    while nobody has taken the key over.
+    """
 
 @_typing.type_check_only
 class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
@@ -132,6 +136,10 @@ class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
     """Releases keys: gives up ownership without an answer, for a call that had no effect and will have none.
     The record keeps its fingerprints and its time to live, so that another request with the key is still
     a mismatch.
+    """
+    Extend: _aio.UnaryUnaryMultiCallable[_idempotency_service_pb2.ExtendRequest, _idempotency_service_pb2.ExtendResponse]  # type: ignore[assignment]
+    """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
+    while nobody has taken the key over.
     """
 
 class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -200,6 +208,16 @@ class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Releases keys: gives up ownership without an answer, for a call that had no effect and will have none.
         The record keeps its fingerprints and its time to live, so that another request with the key is still
         a mismatch.
+        """
+
+    @_abc_1.abstractmethod
+    def Extend(
+        self,
+        request: _idempotency_service_pb2.ExtendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_idempotency_service_pb2.ExtendResponse, _abc.Awaitable[_idempotency_service_pb2.ExtendResponse]]:
+        """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
+        while nobody has taken the key over.
         """
 
 def add_IdempotencyServiceServicer_to_server(servicer: IdempotencyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
