@@ -64,9 +64,8 @@ async def serve(settings: ControllerSettings) -> None:
 
     database = Database(settings.database_url.get_secret_value(), lanes=settings.write_lanes, on_change=announce)
     channel = _channel(settings)
-    idempotency = Idempotency(
-        None if channel is None else IdempotencyServiceStub(channel), ttl=settings.idempotency_ttl_seconds
-    )
+    stub = None if channel is None else IdempotencyServiceStub(channel)
+    idempotency = Idempotency(stub, ttl=settings.idempotency_ttl_seconds)
     session_mutations = SessionMutations(timedelta(days=settings.session_retention_days))
     task_mutations = TaskMutations()
     sessions, tasks = Sessions(database), Tasks(database)
@@ -94,7 +93,7 @@ async def serve(settings: ControllerSettings) -> None:
         (session_service_pb2, "SessionService", SessionServicer(door, sessions, session_mutations, pages)),
         (task_service_pb2, "TaskService", TaskServicer(door, claims, tasks, task_mutations, pages)),
         (audit_service_pb2, "AuditService", AuditServicer(Audit(database), pages)),
-        (record_service_pb2, "RecordService", RecordServicer(Guards(database), Records())),
+        (record_service_pb2, "RecordService", RecordServicer(Guards(database), Records(stub))),
         (status_service_pb2, "StatusService", StatusServicer(database, idempotency, version("orchestrator"))),
     ):
         server.register(file.DESCRIPTOR.services_by_name[name], servicer)

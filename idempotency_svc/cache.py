@@ -71,10 +71,44 @@ class CompleteItem(NamedTuple):
 
 
 class ReleaseItem(NamedTuple):
-    """Gives a key back without an answer."""
+    """Gives a key back without an answer. forced: whoever owns it, an operator's decision."""
 
     scope: bytes
     nonce: bytes
+    forced: bool = False
+
+
+class GetItem(NamedTuple):
+    """Asks what is kept of a key."""
+
+    scope: bytes
+
+
+class State(enum.Enum):
+    """Where a record stands."""
+
+    IN_PROGRESS = ord("I")
+    RELEASED = ord("R")
+    COMPLETED = ord("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record without its answer and its owner's nonce.
+
+    Times are left in milliseconds, 0 where there is none. What only a completed one has is 0 or False in others.
+    """
+
+    state: State
+    epoch: int
+    lease_left_millis: int
+    ttl_left_millis: int
+    code: int
+    durable: bool
+    timeline: int
+    answer_omitted: bool
+    answer_bytes: int
+    kinds: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +233,7 @@ class Cache(Protocol):
         """Ends the ownership of a nonce, and keeps fingerprints and time to live.
 
         Must answer RELEASED for a record in progress with this nonce, FENCED for one with another, ABSENT without a
-        record, ALREADY for a completed one or one that this nonce had and released.
+        record, ALREADY for a completed one or one that this nonce had and released. Forced, any nonce counts as this.
         """
         ...
 
@@ -209,6 +243,10 @@ class Cache(Protocol):
         Must answer EXTENDED for a record in progress with this nonce, its lease over or not, FENCED for one with
         another or a released one, ABSENT without a record, ALREADY for a completed one.
         """
+        ...
+
+    async def get(self, items: Sequence[GetItem]) -> list[Record | None]:
+        """Must answer what is kept of each key, None for an absent record, and change nothing."""
         ...
 
 
@@ -236,6 +274,8 @@ _COMPRESSED_FROM = 513
 _CLAIM = struct.Struct(">II16sB")
 _COMPLETE = struct.Struct(">16sIBBBI")
 _EXTEND = struct.Struct(">16sI")
+_RELEASE = struct.Struct(">16sB")
+_RECORD = struct.Struct(">BBBIIIIIB")
 _OUTCOME = struct.Struct(">BI")
 _TIMELINE = _SIZE = struct.Struct(">I")
 _ACQUIRED, _TAKEOVER, _REPLAY, _BUSY, _MISMATCH = range(1, 6)
@@ -300,7 +340,7 @@ class RedisCache:
         self._watcher: asyncio.Task[None] | None = None
         self._policy_hidden = False
         self._claim, self._complete, self._release = _Script("claim"), _Script("complete"), _Script("release")
-        self._extend = _Script("extend")
+        self._extend, self._get = _Script("extend"), _Script("get")
 
     @property
     def ready(self) -> bool:
@@ -373,7 +413,8 @@ class RedisCache:
 
     async def release(self, items: Sequence[ReleaseItem]) -> list[Released]:
         """As Cache.release."""
-        reply = await self._run(self._release, items, b"".join([item.nonce for item in items]))
+        packed = [_RELEASE.pack(item.nonce, item.forced) for item in items]
+        reply = await self._run(self._release, items, b"".join(packed))
         return _results("release", Released, reply)
 
     async def extend(self, items: Sequence[ExtendItem]) -> list[Extended]:
@@ -381,6 +422,25 @@ class RedisCache:
         packed = [_EXTEND.pack(item.nonce, item.lease_millis) for item in items]
         reply = await self._run(self._extend, items, b"".join(packed))
         return _results("extend", Extended, reply)
+
+    async def get(self, items: Sequence[GetItem]) -> list[Record | None]:
+        """As Cache.get."""
+        reply = await self._run(self._get, items)
+        records: list[Record | None] = []
+        at = 0
+        for _ in items:
+            if reply[at] in (0, _UNREADABLE_BIT):
+                _UNREADABLE.inc(reply[at] // _UNREADABLE_BIT)
+                records.append(None)
+                at += 1
+                continue
+            state, flags, code, epoch, lease, ttl, timeline, size, count = _RECORD.unpack_from(reply, at)
+            at += _RECORD.size
+            kinds = tuple(reply[at : at + count])
+            at += count
+            durable, omitted = flags & _FLAG_DURABLE != 0, flags & _FLAG_OMITTED != 0
+            records.append(Record(State(state), epoch, lease, ttl, code, durable, timeline, omitted, size, kinds))
+        return records
 
     async def _run(self, script: _Script, items: Sequence[_Item], *arguments: bytes) -> bytes:
         """One call of a script with the items' keys; a reply, or Unavailable."""
@@ -463,7 +523,7 @@ class RedisCache:
                 await _ask(connection, "SET", _PROBE_KEY, "1", "PX", 1000)
                 policy = await self._look_at_evictions(connection)
                 if not self.ready:
-                    for script in (self._claim, self._complete, self._release, self._extend):
+                    for script in (self._claim, self._complete, self._release, self._extend, self._get):
                         await _ask(connection, "SCRIPT", "LOAD", script.text)
         except Exception as error:
             cause = _cause(error)
@@ -518,7 +578,7 @@ def _key(scope: bytes) -> bytes:
     return b"idem:{%b}" % b2a_base64(scope[:16])[:22]
 
 
-_Item = ClaimItem | CompleteItem | ReleaseItem | ExtendItem
+_Item = ClaimItem | CompleteItem | ReleaseItem | ExtendItem | GetItem
 _Result = TypeVar("_Result", Completed, Released, Extended)
 
 

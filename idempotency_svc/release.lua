@@ -1,5 +1,6 @@
--- Gives each key back, in order, if its item's nonce owns it; the record stays with its fingerprints and its time to live.
--- ARGV[1], item by item: nonce 16.
+-- Gives each key back, in order, if its item's nonce owns it, or whoever does if it is forced; the record stays with its
+-- fingerprints and its time to live.
+-- ARGV[1], item by item: nonce 16 · forced 1.
 -- Answers one byte for each item.
 
 local DONE, ABSENT, FENCED, ALREADY = 1, 2, 3, 4
@@ -7,7 +8,7 @@ local DONE, ABSENT, FENCED, ALREADY = 1, 2, 3, 4
 local outcomes = {}
 
 for i, key in ipairs(KEYS) do
-  local nonce = string.sub(ARGV[1], 16 * i - 15, 16 * i)
+  local nonce, forced = struct.unpack('>c16B', ARGV[1], 17 * i - 16)
   local record, unreadable, failure = unpack_record(redis.pcall('GET', key))
   if failure then return failure end
   local outcome
@@ -15,7 +16,7 @@ for i, key in ipairs(KEYS) do
     outcome = ABSENT
   elseif record.state == COMPLETED then
     outcome = ALREADY
-  elseif record.nonce ~= nonce then
+  elseif forced == 0 and record.nonce ~= nonce then
     outcome = FENCED
   elseif record.state == RELEASED then
     outcome = ALREADY

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from svckit.interceptors import Call
 
 _LARGEST_CODE = 16
+_NO_NONCE = bytes(cache.NONCE_BYTES)
 
 
 class IdempotencyServicer:
@@ -65,9 +66,9 @@ class IdempotencyServicer:
         _check_count(len(request.items))
         items = []
         for index, item in enumerate(request.items):
-            scope, nonce = item.scope, item.nonce
+            scope, nonce = item.scope, item.nonce or _NO_NONCE * item.forced
             _check_owner(index, scope, nonce)
-            items.append(cache.ReleaseItem(scope, nonce))
+            items.append(cache.ReleaseItem(scope, nonce, item.forced))
         return b"".join([_RELEASED[result] for result in await self._records.release(items)])
 
     async def Extend(self, request: pb.ExtendRequest, call: Call) -> bytes:
@@ -80,6 +81,18 @@ class IdempotencyServicer:
             _check_lease(index, lease_millis)
             items.append(cache.ExtendItem(scope, nonce, lease_millis))
         return b"".join([_EXTENDED[result] for result in await self._records.extend(items)])
+
+    async def Get(self, request: pb.GetRequest, call: Call) -> bytes:
+        """Tells of records."""
+        _check_count(len(request.items))
+        for index, item in enumerate(request.items):
+            _check_owner(index, item.scope, _NO_NONCE)
+        response = pb.GetResponse()
+        for record in await self._records.get([cache.GetItem(item.scope) for item in request.items]):
+            outcome = response.outcomes.add()
+            if record is not None:
+                outcome.record.MergeFrom(_record(record))
+        return response.SerializeToString()
 
 
 def _check_count(count: int) -> None:
@@ -124,6 +137,21 @@ def _invalid(path: str, value: object, description: str) -> InvalidArgument:
 
 
 # An answer is the concatenation of answers of one outcome each: protobuf reads that as one message with all of them.
+
+
+def _record(record: cache.Record) -> pb.GetOutcome.Record:
+    return pb.GetOutcome.Record(
+        state=pb.GetOutcome.Record.State.Value(f"STATE_{record.state.name}"),
+        epoch=record.epoch,
+        lease_left_millis=record.lease_left_millis,
+        ttl_left_millis=record.ttl_left_millis,
+        code=record.code,
+        durable=record.durable,
+        timeline=record.timeline,
+        answer_omitted=record.answer_omitted,
+        answer_bytes=record.answer_bytes,
+        fingerprint_kinds=record.kinds,
+    )
 
 
 def _claim_answer(outcome: cache.ClaimOutcome) -> bytes:

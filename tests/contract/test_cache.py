@@ -33,11 +33,13 @@ from idempotency_svc.cache import (
     CompleteItem,
     Extended,
     ExtendItem,
+    GetItem,
     Mismatch,
     RedisCache,
     Released,
     ReleaseItem,
     Replay,
+    State,
     Takeover,
 )
 from svckit.errors import Unavailable
@@ -216,6 +218,9 @@ class Step(NamedTuple):
                 return await complete(cache, scope, self.nonce, self.fingerprints, code=self.code, durable=self.durable)
             case "extend":
                 return await extend(cache, scope, self.nonce)
+            case "force":
+                [released] = await cache.release([ReleaseItem(scope, self.nonce, True)])
+                return released
             case _:
                 return await release(cache, scope, self.nonce)
 
@@ -235,6 +240,7 @@ STEPS = {
     "durable error, other request": Step("complete", OTHER, FOREIGN, code=9, durable=True),
     "release by owner": Step("release", OWNER),
     "release by other": Step("release", OTHER),
+    "release by force": Step("force", OTHER),
     "extend by owner": Step("extend", OWNER),
     "extend by other": Step("extend", OTHER),
 }
@@ -263,6 +269,7 @@ TABLE: dict[str, list[Outcome]] = {
     "durable error, other request": [RESTORED, RESTORED, RESTORED, RESTORED, RESTORED, RESTORED, DIFFERS, DIFFERS],
     "release by owner": [NONE, GIVEN, GIVEN, SETTLED, SETTLED, SETTLED, SETTLED, SETTLED],
     "release by other": [NONE, KEPT, KEPT, KEPT, SETTLED, SETTLED, SETTLED, SETTLED],
+    "release by force": [NONE, GIVEN, GIVEN, SETTLED, SETTLED, SETTLED, SETTLED, SETTLED],
     "extend by owner": [GONE, LONGER, LONGER, LOST, ENDED, ENDED, ENDED, ENDED],
     "extend by other": [GONE, LOST, LOST, LOST, ENDED, ENDED, ENDED, ENDED],
 }
@@ -352,6 +359,49 @@ async def test_an_extended_lease_ends_later_and_its_record_not_before_it(
     await asyncio.sleep(0.005)
     assert await claim(cache, scope, OTHER) == Takeover(2)
     assert await extend(cache, scope) is LOST
+
+
+@pytest.mark.parametrize("state", STATES)
+async def test_what_is_kept_is_told_and_not_changed(cache: RedisCache, raw: redis.asyncio.Redis, state: str) -> None:
+    scope = new_scope()
+    await STATES[state](cache, scope)
+    before = await raw.get(key_of(scope))
+    [none, record] = await cache.get([GetItem(new_scope()), GetItem(scope)])
+    assert none is None
+    assert await raw.get(key_of(scope)) == before
+    if state == "absent":
+        assert record is None
+        return
+    assert record is not None
+    assert (record.epoch, record.kinds) == (1, tuple(kind for kind, _ in SAME))
+    assert TTL - 5_000 < record.ttl_left_millis <= TTL
+    if state == "in progress":
+        assert record.state is State.IN_PROGRESS
+        assert LEASE - 5_000 < record.lease_left_millis <= LEASE
+    else:
+        assert record.lease_left_millis == 0
+        answer = (record.state, record.code, record.durable, record.answer_bytes)
+        assert (
+            answer
+            == {
+                "lease over": (State.IN_PROGRESS, 0, False, 0),
+                "released": (State.RELEASED, 0, False, 0),
+                "error": (State.COMPLETED, 5, False, 5),
+                "OK": (State.COMPLETED, 0, False, 5),
+                "durable error": (State.COMPLETED, 5, True, 5),
+                "durable OK": (State.COMPLETED, 0, True, 5),
+            }[state]
+        )
+
+
+async def test_what_is_told_of_an_answer(cache: Cache) -> None:
+    long, omitted = new_scope(), new_scope()
+    item = CompleteItem(long, (*SAME, (3, b"d" * 32)), OWNER, 0, b"a" * 5000, TTL, True, 7)
+    await cache.complete([item, item._replace(scope=omitted, answer=b"", answer_omitted=True)])
+    [one, two] = await cache.get([GetItem(long), GetItem(omitted)])
+    assert one is not None and two is not None
+    assert (one.answer_bytes, one.timeline, one.answer_omitted, one.kinds[-1]) == (5000, 7, False, 3)
+    assert (two.answer_bytes, two.timeline, two.answer_omitted) == (0, 7, True)
 
 
 async def test_epochs_count_the_owners(cache: Cache) -> None:
@@ -689,6 +739,7 @@ async def test_what_is_no_record_counts_as_absent(cache: RedisCache, raw: redis.
     counted = metric("orchestrator_idempotency_unreadable_records_total")
     assert await release(cache, await put()) is Released.ABSENT
     assert await extend(cache, await put()) is Extended.ABSENT
+    assert await cache.get([GetItem(await put())]) == [None]
     assert await complete(cache, await put()) is Completed.FENCED
     scope = await put()
     assert await complete(cache, scope, durable=True) is Completed.RESTORED
@@ -697,7 +748,7 @@ async def test_what_is_no_record_counts_as_absent(cache: RedisCache, raw: redis.
     assert await claim(cache, scope) == Acquired(1)
     assert isinstance(await claim(cache, scope, OTHER), Busy)
     assert TTL - 5_000 < await raw.pttl(key_of(scope)) <= TTL
-    assert metric("orchestrator_idempotency_unreadable_records_total") == counted + 5
+    assert metric("orchestrator_idempotency_unreadable_records_total") == counted + 6
 
 
 async def test_bytes_of_any_kind_never_stop_a_step(cache: RedisCache, raw: redis.asyncio.Redis) -> None:
@@ -715,6 +766,7 @@ async def test_bytes_of_any_kind_never_stop_a_step(cache: RedisCache, raw: redis
         await complete(cache, scope, OTHER)
         await release(cache, scope, OTHER)
         await extend(cache, scope, OTHER)
+        await cache.get([GetItem(scope)])
         assert await complete(cache, scope, OTHER, durable=True) in {DONE, RESTORED, ALREADY, DIFFERS}
 
 

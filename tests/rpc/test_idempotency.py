@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SERVICE = "orchestrator.idempotency.v1.IdempotencyService"
 TTL = 86_400_000
-Messages = pb.ClaimRequest | pb.CompleteRequest | pb.ReleaseRequest | pb.ExtendRequest
+Messages = pb.ClaimRequest | pb.CompleteRequest | pb.ReleaseRequest | pb.ExtendRequest | pb.GetRequest
 
 
 def fingerprint(text: bytes = b"f") -> pb.Fingerprint:
@@ -53,10 +53,14 @@ def extension(scope: bytes = b"s" * 32, nonce: bytes = b"n" * 16, lease_millis: 
     return pb.ExtendItem(scope=scope, nonce=nonce, lease_millis=lease_millis)
 
 
+def question(scope: bytes = b"s" * 32) -> pb.GetItem:
+    return pb.GetItem(scope=scope)
+
+
 def request(*items: Any) -> Messages:
     kinds: dict[type, Callable[..., Messages]] = {
         pb.ClaimItem: pb.ClaimRequest, pb.CompleteItem: pb.CompleteRequest, pb.ReleaseItem: pb.ReleaseRequest,
-        pb.ExtendItem: pb.ExtendRequest,
+        pb.ExtendItem: pb.ExtendRequest, pb.GetItem: pb.GetRequest,
     }  # fmt: skip
     return kinds[type(items[0])](items=items)
 
@@ -148,11 +152,22 @@ async def test_a_key_from_claim_to_replay(controller: Agent) -> None:
     assert 0 < (await outcome(claim(scope, theirs))).busy.lease_left_millis <= 30_000
     assert not (await outcome(claim(scope, theirs, fingerprints=[fingerprint(b"x")]))).mismatch.durable
 
+    [kept, nothing] = (await controller.ask(request(question(scope), question(os.urandom(32))))).response.outcomes
+    assert (kept.record.state, kept.record.epoch) == (pb.GetOutcome.Record.STATE_IN_PROGRESS, 1)
+    assert 0 < kept.record.lease_left_millis <= 30_000 < kept.record.ttl_left_millis <= TTL
+    assert list(kept.record.fingerprint_kinds) == [1]
+    assert not nothing.HasField("record")
+
     [released] = (await controller.ask(request(release(scope, mine)))).response.outcomes
     assert released.result == pb.ReleaseOutcome.RESULT_RELEASED
     assert (await outcome(claim(scope, theirs, lease_millis=1))).acquired.epoch == 2
     await asyncio.sleep(0.01)
     assert (await outcome(claim(scope, mine))).takeover.epoch == 3
+
+    forced = pb.ReleaseItem(scope=scope, forced=True)
+    [released] = (await controller.ask(request(forced))).response.outcomes
+    assert released.result == pb.ReleaseOutcome.RESULT_RELEASED
+    assert (await outcome(claim(scope, mine))).acquired.epoch == 4
 
     answer = os.urandom(3000)
     [fenced] = (await controller.ask(request(completion(scope, theirs, answer=answer)))).response.outcomes
@@ -244,6 +259,7 @@ BAD_ITEMS: dict[str, tuple[Any, str]] = {
     "extension without lease": (extension(lease_millis=0), "items[1].lease_millis"),
     "extension with a lease over an hour": (extension(lease_millis=3_600_001), "items[1].lease_millis"),
     "release without nonce": (release(nonce=b""), "items[1].nonce"),
+    "question with a short scope": (question(scope=b"s"), "items[1].scope"),
 }  # fmt: skip
 
 
@@ -259,6 +275,8 @@ async def test_a_bad_item_refuses_the_request_and_is_named(controller: Agent, na
             good = completion(scope, durable=True)
         case pb.ExtendItem():
             good = extension(scope)
+        case pb.GetItem():
+            good = question(scope)
         case _:
             good = release(scope)
     answer = await controller.ask(request(good, item))
@@ -269,7 +287,7 @@ async def test_a_bad_item_refuses_the_request_and_is_named(controller: Agent, na
     assert outcome.acquired.epoch == 1, "the good item was not treated"
 
 
-@pytest.mark.parametrize("item", [claim, completion, release, extension])
+@pytest.mark.parametrize("item", [claim, completion, release, extension, question])
 async def test_batches_have_a_size(controller: Agent, item: Callable[[], Any]) -> None:
     for items, reason in (([], "FIELD_REQUIRED"), ([item()] * 257, "FIELD_INVALID")):
         answer = await controller.ask(type(request(item()))(items=items))
@@ -300,7 +318,13 @@ async def test_only_the_controller_may_call(
     }
     for token, reason in refused.items():
         agent = Agent(shared.target, token)
-        for message in (request(claim()), request(completion()), request(release()), request(extension())):
+        for message in (
+            request(claim()),
+            request(completion()),
+            request(release()),
+            request(extension()),
+            request(question()),
+        ):
             assert (await agent.ask(message)).refusal == ("UNAUTHENTICATED", reason)
         await agent.close()
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from controller_svc.idempotency import scope_of
 from orchestrator.controller.v1 import record_service_pb2 as records_pb
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
+from orchestrator.idempotency.v1 import idempotency_service_pb2 as idempotency_pb
+from svckit.auth import TokenSigner
 from tests.client import AGENT, AUDIT, OPERATE, PLANNER, Agent, Tenant
 
 if TYPE_CHECKING:
     from deploy.local.issuer import Issuer
+    from tests.conftest import ServiceKeys
     from tests.oracle import Tables
     from tests.system.pair import Pair
 
@@ -97,12 +102,53 @@ async def test_only_operators_may(tenant: Tenant) -> None:
         assert answer.metadata == {"permission": OPERATE}
 
 
-async def test_without_the_idempotency_service_the_guard_is_told_and_nothing_is_released(agent: Agent) -> None:
+async def test_the_record_of_an_answer(agent: Agent) -> None:
     key = secrets.token_hex(8)
-    await agent.create(key=key)
-    response: records_pb.GetRecordResponse = (await agent.ask(named(key))).response
-    assert response.HasField("guard") and response.record_unavailable and not response.HasField("record")
+    assert not (await agent.ask(named(key))).response.HasField("record")
+    answer = await agent.ask(sessions_pb.CreateSessionRequest(agent_role=PLANNER), key=key)
+    record = await record_of(agent, key)
+    assert (record.state, record.code, record.durable) == (records_pb.Record.STATE_COMPLETED, 0, True)
+    assert (record.answer_bytes, list(record.fingerprint_kinds)) == (len(answer.body), [2, 3])
+    assert 86_000 < record.ttl_left.seconds <= 86_400
     release = records_pb.ReleaseRecordRequest(method=CREATE, subject="agent-1", idempotency_key=key)
-    answer = await agent.ask(release)
-    assert answer.refusal == ("UNAVAILABLE", "IDEMPOTENCY_UNAVAILABLE")
-    assert await guard_of(agent, key) is not None
+    assert not (await agent.ask(release)).response.released, "an answer stays"
+    assert (await record_of(agent, key)).state == records_pb.Record.STATE_COMPLETED
+
+
+async def test_a_record_in_progress_is_released(
+    agent: Agent, shared_pair: Pair, issuer: Issuer, tenant: Tenant, service_keys: ServiceKeys
+) -> None:
+    """Its owner hangs, and its lease is long."""
+    key = secrets.token_hex(8)
+    scope = scope_of(issuer.url, tenant.name, "agent-1", CREATE, key)
+    item = idempotency_pb.ClaimItem(
+        scope=scope,
+        fingerprints=[idempotency_pb.Fingerprint(kind=2, digest=bytes(32))],
+        nonce=bytes(16),
+        lease_millis=3_600_000,
+        ttl_millis=3_600_000,
+    )
+    signer = TokenSigner(
+        service_keys.private, issuer="controller_svc", subject="controller_svc", audience="idempotency_svc"
+    )
+    owner = Agent(shared_pair.idempotency_target, signer.token())
+    await owner.ask(idempotency_pb.ClaimRequest(items=[item]))
+    await owner.close()
+    record = (await agent.ask(named(key))).response.record
+    assert record.state == records_pb.Record.STATE_IN_PROGRESS
+    assert 3590 < record.lease_left.seconds <= 3600
+    release = records_pb.ReleaseRecordRequest(method=CREATE, subject="agent-1", idempotency_key=key)
+    assert (await agent.ask(release)).response.released
+    assert not (await agent.ask(release)).response.released
+    record = (await agent.ask(named(key))).response.record
+    assert record.state == records_pb.Record.STATE_RELEASED
+
+
+async def record_of(agent: Agent, key: str) -> records_pb.Record:
+    """The record once it is there: completions come after the answer."""
+    async with asyncio.timeout(10):
+        while True:
+            response: records_pb.GetRecordResponse = (await agent.ask(named(key))).response
+            if response.record.state == records_pb.Record.STATE_COMPLETED:
+                return response.record
+            await asyncio.sleep(0.02)

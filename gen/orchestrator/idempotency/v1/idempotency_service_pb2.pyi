@@ -212,6 +212,54 @@ class ExtendResponse(_message.Message):
 Global___ExtendResponse: _TypeAlias = ExtendResponse  # noqa: Y015
 
 @_typing.final
+class GetRequest(_message.Message):
+    """The request of `Get`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetItem]:
+        """Required. The keys to tell of, 1 to 256."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___GetItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRequest: _TypeAlias = GetRequest  # noqa: Y015
+
+@_typing.final
+class GetResponse(_message.Message):
+    """The response of `Get`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetOutcome]:
+        """Output only. What is kept of each, in their order."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___GetOutcome] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetResponse: _TypeAlias = GetResponse  # noqa: Y015
+
+@_typing.final
 class ClaimItem(_message.Message):
     """A key to claim."""
 
@@ -566,19 +614,23 @@ class ReleaseItem(_message.Message):
 
     SCOPE_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
     scope: _builtins.bytes
     """Required. The key, 32 bytes, as it was claimed."""
     nonce: _builtins.bytes
-    """Required. The nonce of the claim, 16 bytes."""
+    """Required unless forced. The nonce of the claim, 16 bytes."""
+    forced: _builtins.bool
+    """Optional. Whether to release it whoever owns it, for operators."""
     def __init__(
         self,
         *,
         scope: _builtins.bytes = ...,
         nonce: _builtins.bytes = ...,
+        forced: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "scope", b"scope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forced", b"forced", "nonce", b"nonce", "scope", b"scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -636,6 +688,139 @@ class ReleaseOutcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseOutcome: _TypeAlias = ReleaseOutcome  # noqa: Y015
+
+@_typing.final
+class GetItem(_message.Message):
+    """A key to tell of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    scope: _builtins.bytes
+    """Required. The key, 32 bytes, as it was claimed."""
+    def __init__(
+        self,
+        *,
+        scope: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetItem: _TypeAlias = GetItem  # noqa: Y015
+
+@_typing.final
+class GetOutcome(_message.Message):
+    """What is kept of a key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Record(_message.Message):
+        """Describes a record, without its answer and its owner's nonce."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        class _State:
+            ValueType = _typing.NewType("ValueType", _builtins.int)
+            V: _TypeAlias = ValueType  # noqa: Y015
+
+        class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[GetOutcome.Record._State.ValueType], _builtins.type):
+            DESCRIPTOR: _descriptor.EnumDescriptor
+            STATE_UNSPECIFIED: GetOutcome.Record._State.ValueType  # 0
+            """Not a state: every record has one of the others."""
+            STATE_IN_PROGRESS: GetOutcome.Record._State.ValueType  # 1
+            """Somebody owns it, or did until its lease was over."""
+            STATE_RELEASED: GetOutcome.Record._State.ValueType  # 2
+            """Its owner gave it back."""
+            STATE_COMPLETED: GetOutcome.Record._State.ValueType  # 3
+            """It has its answer."""
+
+        class State(_State, metaclass=_StateEnumTypeWrapper):
+            """The states of a record."""
+
+        STATE_UNSPECIFIED: GetOutcome.Record.State.ValueType  # 0
+        """Not a state: every record has one of the others."""
+        STATE_IN_PROGRESS: GetOutcome.Record.State.ValueType  # 1
+        """Somebody owns it, or did until its lease was over."""
+        STATE_RELEASED: GetOutcome.Record.State.ValueType  # 2
+        """Its owner gave it back."""
+        STATE_COMPLETED: GetOutcome.Record.State.ValueType  # 3
+        """It has its answer."""
+
+        STATE_FIELD_NUMBER: _builtins.int
+        EPOCH_FIELD_NUMBER: _builtins.int
+        LEASE_LEFT_MILLIS_FIELD_NUMBER: _builtins.int
+        TTL_LEFT_MILLIS_FIELD_NUMBER: _builtins.int
+        CODE_FIELD_NUMBER: _builtins.int
+        DURABLE_FIELD_NUMBER: _builtins.int
+        TIMELINE_FIELD_NUMBER: _builtins.int
+        ANSWER_OMITTED_FIELD_NUMBER: _builtins.int
+        ANSWER_BYTES_FIELD_NUMBER: _builtins.int
+        FINGERPRINT_KINDS_FIELD_NUMBER: _builtins.int
+        state: Global___GetOutcome.Record.State.ValueType
+        """Output only. Where it stands."""
+        epoch: _builtins.int
+        """Output only. Counts its owners, from 1."""
+        lease_left_millis: _builtins.int
+        """Output only. How long its owner has it still, in milliseconds; 0 unless it is in progress."""
+        ttl_left_millis: _builtins.int
+        """Output only. How long it lives still, in milliseconds."""
+        code: _builtins.int
+        """Output only. The gRPC status code of its answer; 0 is OK. Only of a completed one, as all that follow
+        but the last.
+        """
+        durable: _builtins.bool
+        """Output only. Whether its answer is durable."""
+        timeline: _builtins.int
+        """Output only. The timeline that the completion named; 0: none."""
+        answer_omitted: _builtins.bool
+        """Output only. Whether its answer is in the caller's own truth alone."""
+        answer_bytes: _builtins.int
+        """Output only. How many bytes its answer has."""
+        @_builtins.property
+        def fingerprint_kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Output only. Which kinds of fingerprints it has."""
+
+        def __init__(
+            self,
+            *,
+            state: Global___GetOutcome.Record.State.ValueType = ...,
+            epoch: _builtins.int = ...,
+            lease_left_millis: _builtins.int = ...,
+            ttl_left_millis: _builtins.int = ...,
+            code: _builtins.int = ...,
+            durable: _builtins.bool = ...,
+            timeline: _builtins.int = ...,
+            answer_omitted: _builtins.bool = ...,
+            answer_bytes: _builtins.int = ...,
+            fingerprint_kinds: _abc.Iterable[_builtins.int] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes", b"answer_bytes", "answer_omitted", b"answer_omitted", "code", b"code", "durable", b"durable", "epoch", b"epoch", "fingerprint_kinds", b"fingerprint_kinds", "lease_left_millis", b"lease_left_millis", "state", b"state", "timeline", b"timeline", "ttl_left_millis", b"ttl_left_millis"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def record(self) -> Global___GetOutcome.Record:
+        """Output only. The record; not set if there is none."""
+
+    def __init__(
+        self,
+        *,
+        record: Global___GetOutcome.Record | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOutcome: _TypeAlias = GetOutcome  # noqa: Y015
 
 @_typing.final
 class ExtendItem(_message.Message):

@@ -75,6 +75,11 @@ class IdempotencyServiceStub:
                 request_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendRequest.SerializeToString,
                 response_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendResponse.FromString,
                 _registered_method=True)
+        self.Get = channel.unary_unary(
+                '/orchestrator.idempotency.v1.IdempotencyService/Get',
+                request_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.GetRequest.SerializeToString,
+                response_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.GetResponse.FromString,
+                _registered_method=True)
 
 
 class IdempotencyServiceServicer:
@@ -147,6 +152,13 @@ class IdempotencyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Get(self, request, context):
+        """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IdempotencyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -169,6 +181,11 @@ def add_IdempotencyServiceServicer_to_server(servicer, server):
                     servicer.Extend,
                     request_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendRequest.FromString,
                     response_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendResponse.SerializeToString,
+            ),
+            'Get': grpc.unary_unary_rpc_method_handler(
+                    servicer.Get,
+                    request_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.GetRequest.FromString,
+                    response_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.GetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -300,6 +317,33 @@ class IdempotencyService:
             '/orchestrator.idempotency.v1.IdempotencyService/Extend',
             orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendRequest.SerializeToString,
             orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ExtendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Get(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orchestrator.idempotency.v1.IdempotencyService/Get',
+            orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.GetRequest.SerializeToString,
+            orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.GetResponse.FromString,
             options,
             channel_credentials,
             insecure,

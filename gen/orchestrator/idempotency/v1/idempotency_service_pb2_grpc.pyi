@@ -84,6 +84,8 @@ class IdempotencyServiceStub:
     """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
     while nobody has taken the key over.
     """
+    Get: _grpc.UnaryUnaryMultiCallable[_idempotency_service_pb2.GetRequest, _idempotency_service_pb2.GetResponse]
+    """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing."""
 
 @_typing.type_check_only
 class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
@@ -141,6 +143,8 @@ class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
     """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
     while nobody has taken the key over.
     """
+    Get: _aio.UnaryUnaryMultiCallable[_idempotency_service_pb2.GetRequest, _idempotency_service_pb2.GetResponse]  # type: ignore[assignment]
+    """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing."""
 
 class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
     """Remembers for each idempotency key who works on it, or its answer. Answers are opaque bytes to it.
@@ -219,5 +223,13 @@ class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
         while nobody has taken the key over.
         """
+
+    @_abc_1.abstractmethod
+    def Get(
+        self,
+        request: _idempotency_service_pb2.GetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_idempotency_service_pb2.GetResponse, _abc.Awaitable[_idempotency_service_pb2.GetResponse]]:
+        """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing."""
 
 def add_IdempotencyServiceServicer_to_server(servicer: IdempotencyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
