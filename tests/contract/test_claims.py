@@ -80,7 +80,7 @@ async def foreign_claim(stub: Stub, item: pb.ClaimItem, *, lease_millis: int, di
     item.lease_millis = lease_millis
     if digest is not None:
         item.fingerprints[0].digest = digest
-    await stub.Claim(pb.ClaimRequest(items=[item]), timeout=1)
+    await stub.Claim(pb.ClaimRequest(items=[item]), timeout=30)
 
 
 async def scope_item(client: Client, stub: Stub, key: str, **data: Any) -> pb.ClaimItem:
