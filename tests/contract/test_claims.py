@@ -89,7 +89,7 @@ async def foreign_claim(stub: Stub, item: pb.ClaimItem, *, lease_millis: int, di
     if digest is not None:
         for fingerprint in item.fingerprints:
             fingerprint.digest = digest
-    await stub.Claim(pb.ClaimRequest(items=[item]), timeout=1)
+    await stub.Claim(pb.ClaimRequest(items=[item]), timeout=30)
 
 
 async def scope_item(client: Client, stub: Stub, key: str, **data: Any) -> pb.ClaimItem:

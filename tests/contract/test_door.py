@@ -322,13 +322,13 @@ async def test_a_caller_that_leaves_before_the_start_is_taken_out_and_after_it_i
     async with await psycopg.AsyncConnection.connect(client.url) as stranger:
         await stranger.execute("select from sessions where id = %s for update", (session,))
         first = asyncio.create_task(client.update(session, "first", a=1))
-        await asyncio.sleep(0.1)
+        await _row_is_waited_for(client)
         second = asyncio.create_task(client.update(session, "second", a=2))
         await asyncio.sleep(0.05)
         second.cancel()
         first.cancel()
         await settled(first, second)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await client.rows("select version from sessions") != [(2,)]:
             await asyncio.sleep(0.05)
     assert await client.update(session, "first", a=1) == f"{session} PENDING 2 replayed"
@@ -362,7 +362,7 @@ async def test_a_stopped_standby_makes_the_outcome_unknown_and_the_retry_settles
         assert unknown.value.reason == "OUTCOME_UNKNOWN"
         # Ended by somebody else, the waiting COMMIT reports success, with a warning: that is no confirmation.
         impatient = asyncio.create_task(client.create("cancelled", seconds=29))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not await client.rows(
                 "select pg_cancel_backend(pid) from pg_stat_activity where wait_event = 'SyncRep'"
                 " and application_name = 'controller_svc groups' and query_start > now() - interval '3 seconds'"
@@ -386,7 +386,7 @@ async def test_a_command_alone_whose_outcome_is_unknown_is_not_told_that_nothing
         async with await psycopg.AsyncConnection.connect(own_postgres.url) as stranger:
             await stranger.execute("select from sessions where id = %s for update", (session,))
             keyed = asyncio.create_task(client.update(session, "k", seconds=29, a=1))
-            await asyncio.sleep(1)
+            await _row_is_waited_for(client)
             await _set_standbys(own_postgres, "ghost")
             await stranger.rollback()
         with pytest.raises(ServiceError) as unknown:
@@ -394,6 +394,13 @@ async def test_a_command_alone_whose_outcome_is_unknown_is_not_told_that_nothing
         assert unknown.value.reason == "OUTCOME_UNKNOWN"
         await _set_standbys(own_postgres, "")
         assert await client.update(session, "k", seconds=29, a=1) == f"{session} PENDING 2 replayed"
+
+
+async def _row_is_waited_for(client: Client) -> None:
+    waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    async with asyncio.timeout(60):
+        while await client.rows(waiting) == [(0,)]:
+            await asyncio.sleep(0.01)
 
 
 async def _set_standbys(server: Postgres, names: str) -> None:
@@ -414,7 +421,7 @@ async def test_an_attempt_whose_caller_left_is_settled_when_its_group_is_tried_a
         leaving.cancel()
         await settled(leaving)
         await asyncio.sleep(1)  # the pool has refused a connection: the group is tried again
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while client.door._owners or client.door._slots._held:
             await asyncio.sleep(0.05)
     assert (await client.update(session, "k", a=1)).startswith(f"{session} PENDING 2")
@@ -449,11 +456,11 @@ async def test_a_held_row_keeps_neither_other_heartbeats_nor_reads_nor_sweeps(cl
         beats = [asyncio.create_task(tasks.heartbeat("t", ids[0], new_id(), "s", None)) for _ in range(8)]
         assert await client.database.row(Key("sessions", "t", session)) is not None
         sweepers.start()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while (await client.rows(f"select state from tasks where id = '{ids[1]}'")) != [("PENDING",)]:
                 await asyncio.sleep(0.05)
         assert all(isinstance(answer, ServiceError) for answer in await settled(*beats))
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while (await client.rows(f"select state from tasks where id = '{ids[0]}'")) != [("PENDING",)]:
             await asyncio.sleep(0.05)
     await sweepers.stop()

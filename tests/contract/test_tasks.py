@@ -324,7 +324,7 @@ async def test_many_heartbeats_at_once_are_all_counted(connection: Connection, t
 async def test_a_lease_that_ends_while_the_heartbeat_waits_is_lost(
     connection: Connection, tasks: Tasks, session: Session, database_url: str
 ) -> None:
-    task = running(session, lease_expire_time=datetime.now(UTC) + timedelta(seconds=0.5))
+    task = running(session, lease_expire_time=datetime.now(UTC) + timedelta(seconds=1.5))
     await insert(connection, task)
     async with await psycopg.AsyncConnection.connect(database_url) as holding:
         await holding.execute("select from tasks for no key update")

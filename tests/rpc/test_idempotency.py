@@ -16,6 +16,7 @@ from deploy.local.processes import free_port
 from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
 from svckit.auth import TokenSigner
 from tests.client import Agent
+from tests.oracle import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -129,7 +130,7 @@ async def health(service: services.Service, name: str) -> str:
 
 
 async def until_health(service: services.Service, status: str) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await health(service, SERVICE) != status:
             await asyncio.sleep(0.02)
 
@@ -371,10 +372,10 @@ async def test_a_killed_service_forgets_nothing(
     item = claim(os.urandom(32), os.urandom(16))
     assert (await own_controller.ask(request(item))).ok
     service.kill()
-    assert (await own_controller.ask(request(item), timeout=1)).code is grpc.StatusCode.UNAVAILABLE
+    assert (await own_controller.ask(request(item), timeout=10)).code is grpc.StatusCode.UNAVAILABLE
     service.start()
     await asyncio.to_thread(service.wait)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not (answer := await own_controller.ask(request(item))).ok:
             await asyncio.sleep(0.05)
     assert answer.response.outcomes[0].acquired.epoch == 1
@@ -390,7 +391,7 @@ async def test_what_was_accepted_is_answered_before_the_end(service: services.Se
             answers.append(await own_controller.ask(request(claim(os.urandom(32))), timeout=5))
 
     workers = [asyncio.create_task(work()) for _ in range(8)]
-    await asyncio.sleep(0.3)
+    await eventually(lambda: len(answers) > 20)
     code = await asyncio.to_thread(service.stop)
     running = False
     await asyncio.gather(*workers)

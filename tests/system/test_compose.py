@@ -83,12 +83,12 @@ def test_redis_has_the_password_and_keeps_what_it_is_given(tmp_path: Path) -> No
     with redis.Redis(host=LOOPBACK, port=port, password="secret", retry=Retry(NoBackoff(), 0)) as client:
         server.start()
         try:
-            server.wait_until(answers, seconds=20)
+            server.wait_until(answers, seconds=60)
             assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
             client.set("key", "value")
             assert server.stop() == 0
             server.start()
-            server.wait_until(answers, seconds=20)
+            server.wait_until(answers, seconds=60)
             assert client.get("key") == b"value"
             with (
                 redis.Redis(host=LOOPBACK, port=port, retry=Retry(NoBackoff(), 0)) as stranger,

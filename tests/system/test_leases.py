@@ -16,20 +16,20 @@ def state(task: tasks_pb.Task) -> str:
 
 
 async def test_the_task_of_a_killed_worker_is_claimed_by_another(world: World, tenant: Tenant) -> None:
-    """While it beats, its lease of one second holds; killed, another gets the task, and what comes late is refused."""
+    """While it beats, its lease holds; killed, another gets the task, and what comes late is refused."""
     agent, doomed = tenant.agent("alive"), tenant.agent("doomed")
     session = await agent.create()
-    task = await agent.route(session.id, lease_timeout=spans(1))
+    task = await agent.route(session.id, lease_timeout=spans(3))
     worker = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.system.worker", world.pair.controller_target, doomed.token or "", WORKER,
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
         assert worker.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             task_id, lease_id = (await worker.stdout.readline()).decode().split()
         assert task_id == task.id
-        assert await agent.claim(wait=2.5) == [], "a lease that is extended does not end"
+        assert await agent.claim(wait=5) == [], "a lease that is extended does not end"
         held = await agent.task(task.id)
         assert (state(held), held.attempt, held.lease_holder) == ("RUNNING", 1, "doomed")
     finally:
@@ -39,8 +39,7 @@ async def test_the_task_of_a_killed_worker_is_claimed_by_another(world: World, t
     (claimed,) = await agent.claim(wait=20)
     assert (claimed.task.id, claimed.task.attempt, claimed.task.lease_holder) == (task.id, 2, "alive")
     assert claimed.task.error.code == "LEASE_LOST"
-    # Both by Postgres' clock; the bound is many times what it takes, and is there for the case that nobody sweeps.
-    assert 0 <= (claimed.task.start_time.ToDatetime() - last.ToDatetime()).total_seconds() < 15
+    assert claimed.task.start_time.ToDatetime() >= last.ToDatetime(), "both by Postgres' clock"
 
     late = tasks_pb.ClaimedTask(task=task, lease_id=lease_id)
     for answer in (
@@ -65,7 +64,7 @@ async def test_the_task_of_a_killed_worker_is_claimed_by_another(world: World, t
 async def test_lost_leases_use_up_the_attempts(world: World, tenant: Tenant) -> None:
     agent = tenant.agent()
     session = await agent.create()
-    tasks = [await agent.route(session.id, lease_timeout=spans(1), max_attempts=2) for _ in range(30)]
+    tasks = [await agent.route(session.id, lease_timeout=spans(3), max_attempts=2) for _ in range(30)]
     for attempt in (1, 2):
         given: list[str] = []
         while len(given) < len(tasks):
@@ -74,7 +73,7 @@ async def test_lost_leases_use_up_the_attempts(world: World, tenant: Tenant) -> 
             assert {claimed.task.attempt for claimed in claims} == {attempt}
             given += [claimed.task.id for claimed in claims]
         assert sorted(given) == sorted(task.id for task in tasks)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while {state(await agent.task(task.id)) for task in tasks} != {"DEAD"}:
             await asyncio.sleep(0.1)
     assert {(await agent.task(task.id)).error.code for task in tasks} == {"LEASE_LOST"}
@@ -120,7 +119,7 @@ async def test_a_thousand_waiting_claims_hinder_nobody(world: World, tenant: Ten
     controller.send(signal.SIGTERM)
     answers = await asyncio.gather(*polls)
     assert sum(map(len, answers)) == 1, "no poll is cut off, and none gets what is not there"
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while controller.running:
             await asyncio.sleep(0.02)
     assert controller.exit_code == 0

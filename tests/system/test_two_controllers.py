@@ -19,7 +19,7 @@ from tests.client import PLANNER, Agent, Tenant, spans, struct
 from tests.oracle import eventually
 from tests.system.conftest import World
 
-RETENTION = 3.0
+RETENTION = 8.0
 """Seconds after which an idle session expires here."""
 
 

@@ -72,7 +72,7 @@ async def test_what_comes_while_a_group_runs_forms_the_next_one_up_to_its_size()
 
 async def test_after_company_the_next_group_waits_for_as_many_or_for_the_pause() -> None:
     recorder = Recorder()
-    groups = Groups("test", recorder.work, recorder.failed, gather=0.05)
+    groups = Groups("test", recorder.work, recorder.failed, gather=0.5)
     first = [Item(n) for n in range(4)]
     for item in first:
         groups.put(item)
