@@ -319,14 +319,8 @@ async def test_only_the_controller_may_call(
     }
     for token, reason in refused.items():
         agent = Agent(shared.target, token)
-        for message in (
-            request(claim()),
-            request(completion()),
-            request(release()),
-            request(extension()),
-            request(question()),
-        ):
-            assert (await agent.ask(message)).refusal == ("UNAUTHENTICATED", reason)
+        for item in (claim(), completion(), release(), extension(), question()):
+            assert (await agent.ask(request(item))).refusal == ("UNAUTHENTICATED", reason)
         await agent.close()
 
 

@@ -144,6 +144,23 @@ async def test_a_record_in_progress_is_released(
     assert record.state == records_pb.Record.STATE_RELEASED
 
 
+async def test_without_the_idempotency_service_the_guard_is_told_and_nothing_is_released(
+    pair: Pair, issuer: Issuer
+) -> None:
+    alone = Tenant(issuer, pair.controller_target)
+    agent = alone.agent()
+    try:
+        await agent.create(key="k")
+        pair.kill("idempotency")
+        response: records_pb.GetRecordResponse = (await agent.ask(named("k"))).response
+        assert response.HasField("guard") and response.record_unavailable and not response.HasField("record")
+        release = records_pb.ReleaseRecordRequest(method=CREATE, subject="agent-1", idempotency_key="k")
+        assert (await agent.ask(release)).refusal == ("UNAVAILABLE", "IDEMPOTENCY_UNAVAILABLE")
+        assert await guard_of(agent, "k") is not None
+    finally:
+        await alone.close()
+
+
 async def record_of(agent: Agent, key: str) -> records_pb.Record:
     """The record once it is there: completions come after the answer."""
     async with asyncio.timeout(10):
