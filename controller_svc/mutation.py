@@ -203,7 +203,9 @@ class Door:
         self._on_written = on_written
         self._loop = asyncio.get_running_loop()
         self._near = Replays(near_bytes)
-        self._replays: Groups[tuple[Attempt, Answer]] = Groups("near", self._replay_near, _not_replayed, gather=0.003)
+        self._near_answers: Groups[tuple[Attempt, Answer]] = Groups(
+            "near", self._replay_near, _not_replayed, gather=0.003
+        )
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}
         self._claims: Groups[Attempt] = Groups("claim", self._claim, self._not_claimed, max_size=96)
@@ -250,7 +252,7 @@ class Door:
 
     async def close(self) -> None:
         """Returns when nothing is on its way any more."""
-        lines = (self._replays, self._claims, self._announcements, self._groups, self._alone)
+        lines = (self._near_answers, self._claims, self._announcements, self._groups, self._alone)
         while any(line.busy for line in lines):
             for line in lines:
                 await line.drained()
@@ -318,7 +320,7 @@ class Door:
         self._near.turn_to(self._database.timeline)
         near = self._near.get(attempt.scope, attempt.fingerprints, self._loop.time())
         if near is not None:
-            self._replays.put((attempt, Answer(0, near, replayed=True)))
+            self._near_answers.put((attempt, Answer(0, near, replayed=True)))
             return await self._settled(attempt)  # type: ignore[no-any-return]
         if attempt.first_sent is not None and attempt.first_sent < self._database.now() - self.lifetimes.window:
             guard = await self._guard(attempt)
