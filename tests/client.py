@@ -149,7 +149,9 @@ class Answer:
 class Agent:
     """One subject with its token, on as many connections as it is given (a server takes 100 calls at once on each)."""
 
-    def __init__(self, target: str, token: str | None, *, connections: int = 1) -> None:
+    def __init__(
+        self, target: str, token: str | None, *, connections: int = 1, tenant: str = "", subject: str = ""
+    ) -> None:
         options = [
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_retries", 0),
@@ -157,7 +159,10 @@ class Agent:
             ("grpc.min_reconnect_backoff_ms", 50),
             ("grpc.max_reconnect_backoff_ms", 200),
         ]
+        self.target = target
         self.token = token
+        self.tenant = tenant
+        self.subject = subject
         self.channels = [grpc.aio.insecure_channel(target, options) for _ in range(connections)]
         self._next = itertools.cycle(self.channels)
         self._calls: dict[tuple[grpc.aio.Channel, str], Any] = {}
@@ -327,7 +332,7 @@ class Tenant:
     ) -> Agent:
         """An agent of this tenant, closed with it."""
         token = self._issuer.token(subject=subject, tenant=self.name, roles=(*roles, *permissions), seconds=3600)
-        agent = Agent(target or self._target, token, connections=connections)
+        agent = Agent(target or self._target, token, connections=connections, tenant=self.name, subject=subject)
         self._agents.append(agent)
         return agent
 

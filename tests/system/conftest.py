@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -19,15 +19,18 @@ from tests.oracle import Tables
 from tests.system.pair import Pair
 from tests.system.proxy import Proxy
 
+NEAR_OFF = {"NEAR_REPLAY_BYTES": "0"}
+"""So that each replay asks Redis or Postgres."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A running pair, its own Valkey, its tables, and what stands before Postgres if that was asked for."""
+    """A running pair, its own Valkey, its tables, and the proxies that were asked for, by what they stand before."""
 
     pair: Pair
     valkey: Valkey
     tables: Tables
-    proxy: Proxy | None
+    proxies: Mapping[str, Proxy]
 
 
 @pytest.fixture(scope="module")
@@ -39,31 +42,45 @@ def start_world(
 ) -> Iterator[Callable[..., World]]:
     """A function that starts a pair with a database and a Valkey of its own, for the rest of the module.
 
-    With `proxied=True` its controllers reach Postgres through a proxy. The other arguments are those of Pair.
+    `proxied` names what is reached through a proxy: `postgres`, `redis`, `idempotency`, `controller` (the first one;
+    its clients then use the proxy's target). The other arguments are those of Pair.
     """
     started: list[World] = []
 
-    def start(*, proxied: bool = False, controller_env: Mapping[str, str] | None = None, **settings: Any) -> World:
+    def start(
+        *,
+        proxied: Collection[str] = (),
+        controller_env: Mapping[str, str] | None = None,
+        database_url: str = "",
+        **settings: Any,
+    ) -> World:
         directory = tmp_path_factory.mktemp("world")
         valkey = Valkey(directory / "valkey", port=free_port(), log=directory / "valkey.log")
         valkey.start()
-        url = new_database()
-        parts = urlsplit(url)
-        proxy = Proxy(parts.hostname or "", parts.port or 5432) if proxied else None
-        if proxy is not None:
-            login = parts.netloc.rpartition("@")[0]
-            behind = urlunsplit(parts._replace(netloc=f"{login}@{LOOPBACK}:{proxy.port}"))
+        url, redis_url = database_url or new_database(), valkey.url
+        proxies: dict[str, Proxy] = {}
+        if "postgres" in proxied:
+            behind, proxies["postgres"] = _behind(url)
             controller_env = {"DATABASE_URL": behind, **(controller_env or {})}
+        if "redis" in proxied:
+            redis_url, proxies["redis"] = _behind(redis_url)
         pair = Pair(
             database_url=url,
-            redis_url=valkey.url,
+            redis_url=redis_url,
             issuer=issuer,
             service_key=service_keys.private,
             directory=directory,
             controller_env=controller_env,
             **settings,
         )
-        world = World(pair, valkey, Tables(url), proxy)
+        if "idempotency" in proxied:
+            proxy = proxies["idempotency"] = Proxy(LOOPBACK, pair.services["idempotency"].port)
+            for name, service in pair.services.items():
+                if name != "idempotency":
+                    service.env = {**(service.env or {}), "IDEMPOTENCY_TARGET": proxy.target}
+        if "controller" in proxied:
+            proxies["controller"] = Proxy(LOOPBACK, pair.services["controller"].port)
+        world = World(pair, valkey, Tables(url), proxies)
         started.append(world)
         pair.start()
         return world
@@ -73,8 +90,16 @@ def start_world(
         world.pair.stop()
         world.valkey.stop()
         world.tables.close()
-        if world.proxy is not None:
-            world.proxy.stop()
+        for proxy in world.proxies.values():
+            proxy.stop()
+
+
+def _behind(url: str) -> tuple[str, Proxy]:
+    """The URL of the same server through a new proxy."""
+    parts = urlsplit(url)
+    proxy = Proxy(parts.hostname or "", parts.port or 0)
+    login = parts.netloc.rpartition("@")[0]
+    return urlunsplit(parts._replace(netloc=f"{login}@{proxy.target}")), proxy
 
 
 @pytest.fixture(scope="module")

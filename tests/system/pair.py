@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 from collections.abc import Mapping
@@ -9,15 +10,18 @@ from pathlib import Path
 
 from deploy.local import services
 from deploy.local.issuer import Issuer
-from deploy.local.processes import free_port
+from deploy.local.processes import ROOT, free_port
+from tests.system.failpoints import Failpoints
 
 
 class Pair:
     """idempotency_svc and one or more controllers on free ports, their logs under `directory`.
 
     They are named `idempotency`, `controller`, `controller-2`, …. Each keeps its port over a restart.
-    `env` is for all of them, `controller_env` and `idempotency_env` for those alone. Its methods block for up to some
-    seconds; call them from an async test with asyncio.to_thread when the test's own calls must go on meanwhile.
+    `env` is for all of them, `controller_env` and `idempotency_env` for those alone. With `failpoints` each can be made
+    to fail at the places of tests/system/failpoints.py, by `failpoints[name]`; then `tree` is the folder that the
+    services' code is taken from. Its methods block for up to some seconds; call them from an async test with
+    asyncio.to_thread when the test's own calls must go on meanwhile.
     """
 
     def __init__(
@@ -32,6 +36,8 @@ class Pair:
         env: Mapping[str, str] | None = None,
         controller_env: Mapping[str, str] | None = None,
         idempotency_env: Mapping[str, str] | None = None,
+        failpoints: bool = False,
+        tree: Path = ROOT,
     ) -> None:
         self.issuer = issuer
         # Nobody has to move away before a test stops a service.
@@ -63,6 +69,18 @@ class Pair:
                 log=directory / f"{name}.log",
                 env={**env, **(controller_env or {})},
             )
+        self.failpoints: dict[str, Failpoints] = {}
+        if failpoints:
+            for service in self.services.values():
+                self._start_with_failpoints(service, directory, tree)
+
+    def _start_with_failpoints(self, service: services.Service, directory: Path, tree: Path) -> None:
+        module = service.command[-1]
+        failpoints = self.failpoints[service.name] = Failpoints(module, directory / f"{service.name}.failpoint")
+        service.command = (*service.command[:-1], "tests.system.failpoints", module)
+        # Without the working directory on the path, a module comes from the first folder that has it.
+        path = os.pathsep.join(str(folder) for folder in (tree, tree / "gen", ROOT))
+        service.env = {**(service.env or {}), **failpoints.env, "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
 
     @property
     def controller_target(self) -> str:

@@ -25,7 +25,7 @@ from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
 from tests.client import PLANNER, WORKER, Agent, Tenant, spans, struct
 from tests.conftest import ServiceKeys
 from tests.oracle import Tables, eventually
-from tests.system.conftest import World
+from tests.system.conftest import NEAR_OFF, World
 from tests.system.pair import Pair
 
 UNKNOWN = "01900000-0000-7000-8000-000000000000"
@@ -145,6 +145,12 @@ class TestPostgres:
         status = await agent.status()
         assert status.health == status_pb.HEALTH_UNAVAILABLE
         assert status.postgres.state == status_pb.Component.STATE_DOWN and status.postgres.detail
+
+
+@pytest.fixture(scope="module")
+def world(start_world: Callable[..., World]) -> World:
+    """The module's pair; it has to ask for each replay."""
+    return start_world(controller_env=NEAR_OFF)
 
 
 FAULTS: dict[str, tuple[Callable[[World], Any], Callable[[World], Any]]] = {

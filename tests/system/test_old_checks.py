@@ -14,7 +14,7 @@ from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
 from tests.client import AGENT, PLANNER, WORKER, Tenant, struct
 from tests.oracle import eventually
-from tests.system.conftest import World
+from tests.system.conftest import NEAR_OFF, World
 
 MODES = ("everything runs", "without idempotency_svc", "without Redis")
 
@@ -22,7 +22,7 @@ MODES = ("everything runs", "without idempotency_svc", "without Redis")
 @pytest.fixture(scope="module")
 def whole(start_world: Callable[..., World]) -> World:
     """The pair with all its parts."""
-    return start_world()
+    return start_world(controller_env=NEAR_OFF)
 
 
 @pytest.fixture(scope="module", params=MODES)

@@ -80,7 +80,7 @@ def slow_commits(world: World) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def world(start_world: Callable[..., World]) -> World:
     """The module's pair, with a proxy before Postgres."""
-    return start_world(proxied=True)
+    return start_world(proxied={"postgres"})
 
 
 async def test_backends_ended_at_any_moment(world: World, tenant: Tenant) -> None:
@@ -94,8 +94,7 @@ async def test_backends_ended_in_commits(world: World, tenant: Tenant) -> None:
 
 async def test_answers_lost_after_commits(world: World, tenant: Tenant) -> None:
     """Postgres has written; what it said got lost on its way to the controller."""
-    assert world.proxy is not None
-    await _check_lost_connections(world, tenant, world.proxy.lose_answers)
+    await _check_lost_connections(world, tenant, world.proxies["postgres"].lose_answers)
 
 
 async def _check_lost_connections(
@@ -159,7 +158,6 @@ async def _check_lost_connections(
 
 async def test_claims_whose_answers_are_lost(world: World, tenant: Tenant) -> None:
     """A claim asked again with its key gets the same tasks: each is claimed once, and no lease is waited for."""
-    assert world.proxy is not None
     agent = tenant.agent(connections=2)
     session = await agent.create()
     tasks = await asyncio.gather(*(agent.route(session.id) for _ in range(400)))
@@ -181,7 +179,7 @@ async def test_claims_whose_answers_are_lost(world: World, tenant: Tenant) -> No
     lost = 0
     while not workers.done():
         await asyncio.sleep(rng.uniform(0.02, 0.1))
-        lost += world.proxy.lose_answers() if rng.random() < 0.7 else world.tables.end_backends()
+        lost += world.proxies["postgres"].lose_answers() if rng.random() < 0.7 else world.tables.end_backends()
     await workers
     assert lost > 5
     assert sorted(done) == sorted(task.id for task in tasks)
