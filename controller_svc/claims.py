@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -31,9 +32,10 @@ from controller_svc.store.database import (
 )
 from controller_svc.store.read import Guard
 from svckit.errors import Aborted, ServiceError
+from svckit.telemetry import current_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from uuid import UUID
 
     from controller_svc.core.mutations import Row
@@ -101,13 +103,18 @@ class Claims:
 
         while True:
             attempt = self._door.attempt(call)
+            taken: list[Task] = []
+            work = partial(self._start, command=command, call=call, respond=answer, taken=taken)
             try:
-                given = await self._door.once(attempt, call, lambda attempt: self._take(attempt, command, answer))
+                given = await self._door.once(attempt, call, work)
             except NothingToClaimError:
                 pass
             except Aborted:
                 if loop.time() < until:  # else the locks of others took the rest of the wait
                     raise
+            except asyncio.CancelledError:
+                self._give_back(attempt, command, taken)
+                raise
             else:
                 self._wake(who)  # there may be more than this call took
                 return self._door.tell(given, call)
@@ -155,21 +162,44 @@ class Claims:
 
     # -- the transaction --
 
-    async def _take(self, attempt: Attempt, command: ClaimTasks, respond: Callable[[list[Task]], bytes]) -> Answer:
+    def _start(
+        self,
+        attempt: Attempt,
+        *,
+        command: ClaimTasks,
+        call: Call,
+        respond: Callable[[list[Task]], bytes],
+        taken: list[Task],
+    ) -> None:
         """Claims in a task of its own, which goes on to its end whatever becomes of the caller."""
         attempt.started = True
-        taken: list[Task] = []
-        task = asyncio.get_running_loop().create_task(self._transact(attempt, command, respond, taken))
+        self._keep(self._transact(attempt, command, call, respond, taken))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if attempt.key_hash is None:
-                task.add_done_callback(lambda done: self._give_back(done, command, taken))
-            raise
 
     async def _transact(
+        self,
+        attempt: Attempt,
+        command: ClaimTasks,
+        call: Call,
+        respond: Callable[[list[Task]], bytes],
+        taken: list[Task],
+    ) -> None:
+        """Settles the attempt, and notes in `taken` what it took."""
+        current_trace.set(call.trace)
+        try:
+            answer = await self._claim(attempt, command, respond, taken)
+        except Exception as error:
+            self._door.give_up(attempt, error)
+            return
+        self._door.settle(attempt, answer)
+        if attempt.result.cancelled():
+            self._give_back(attempt, command, taken)
+
+    async def _claim(
         self, attempt: Attempt, command: ClaimTasks, respond: Callable[[list[Task]], bytes], taken: list[Task]
     ) -> Answer:
         actor = command.actor
@@ -188,39 +218,35 @@ class Claims:
             command_id=attempt.command_id,
             lifetime=self._door.lifetimes.of_guard(attempt, 0),
         )
-        try:
-            while True:
-                if not self._database.ready:
-                    raise unavailable()
-                if attempt.remaining < MARGIN:
-                    raise resource_busy()
-                sent = False
-                try:
-                    async with self._database.claims.connection(attempt.remaining) as connection:
-                        sent = True
-                        with confirmed(connection, WATCHDOG_SECONDS):
-                            outcome = await claim_tasks(connection, claim, respond)
-                except (psycopg.Error, PoolTimeout, OutcomeUnknownError) as error:
-                    if is_lock_timeout(error) or is_collision(error):
-                        continue
-                    if not sent or not isinstance(error, (psycopg.OperationalError, OutcomeUnknownError)):
-                        raise refusal(error) from error
-                    guard = await self._settled(attempt)
-                    if guard is None:
-                        continue
-                    outcome = guard
-                if isinstance(outcome, Guard):
-                    answer = self._door.replay(attempt, outcome)
-                    self._door.settle(attempt, answer)
-                    return answer
-                tasks, body = outcome
-                if not tasks:
-                    raise NothingToClaimError
-                taken.extend(tasks)
-                return self._door.finish(attempt, 0, body)
-        except Exception as error:
-            self._door.give_up(attempt, error)
-            raise
+        while True:
+            if not self._database.ready:
+                raise unavailable()
+            if attempt.remaining < MARGIN:
+                raise resource_busy()
+            sent = False
+            try:
+                async with self._database.claims.connection(attempt.remaining) as connection:
+                    if attempt.result.cancelled() and attempt.key_hash is None:
+                        raise NothingToClaimError  # the caller left while this one stood in line
+                    sent = True
+                    with confirmed(connection, WATCHDOG_SECONDS):
+                        outcome = await claim_tasks(connection, claim, respond)
+            except (psycopg.Error, PoolTimeout, OutcomeUnknownError) as error:
+                if is_lock_timeout(error) or is_collision(error):
+                    continue
+                if not sent or not isinstance(error, (psycopg.OperationalError, OutcomeUnknownError)):
+                    raise refusal(error) from error
+                guard = await self._settled(attempt)
+                if guard is None:
+                    continue
+                outcome = guard
+            if isinstance(outcome, Guard):
+                return self._door.replay(attempt, outcome)
+            tasks, body = outcome
+            if not tasks:
+                raise NothingToClaimError
+            taken.extend(tasks)
+            return self._door.finish(attempt, 0, body)
 
     async def _settled(self, attempt: Attempt) -> Guard | None:
         """After a lost connection: the guard if the claim was committed, None if it was not.
@@ -239,13 +265,11 @@ class Claims:
                     raise self._door.leave_open(attempt) from None
                 await asyncio.sleep(RESEND_PAUSE)
 
-    def _give_back(self, done: asyncio.Task[Answer], command: ClaimTasks, taken: list[Task]) -> None:
-        """A caller that left before the COMMIT never sees its lease ids: without a key nobody ever will."""
-        if done.cancelled() or done.exception() is not None:
-            return
-        task = asyncio.get_running_loop().create_task(self._release(command, taken))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+    def _give_back(self, attempt: Attempt, command: ClaimTasks, taken: list[Task]) -> None:
+        """A caller that has left never sees its lease ids: without a key nobody ever will."""
+        if attempt.key_hash is None and taken:
+            self._keep(self._release(command, taken.copy()))
+            taken.clear()
 
     async def _release(self, command: ClaimTasks, taken: list[Task]) -> None:
         for task in taken:

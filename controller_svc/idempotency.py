@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field
+from collections import Counter as Counted
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,13 @@ log = structlog.get_logger(__name__)
 
 KEY_HEADER = "idempotency-key"
 _KEY = re.compile("[!-~]{1,255}")
-CLAIM_SECONDS = 0.25
+CLAIM_SECONDS = 0.05
 """What a claim may cost a call before Postgres decides alone."""
 COMPLETE_SECONDS = 2.0
 COMPLETE_GATHER = 0.02
 """Seconds a completion waits for company. Who asks meanwhile finds the guard."""
 PROBE_SECONDS = 0.5
-TRIP_AFTER = 3
-"""Slow batches in a row that open the breaker. A refused connection opens it at once."""
+PROBE_TIMEOUT = 0.25
 MAX_PENDING = 10_000
 MAX_PENDING_BYTES = 64 << 20
 """Completions and releases that may wait. Past it they are dropped: the guard in Postgres answers instead."""
@@ -116,18 +116,6 @@ def _excluded(descriptor: Descriptor) -> tuple[str, ...]:
     )
 
 
-@dataclass(slots=True, eq=False)
-class Claim:
-    """One ask for a scope. The nonce makes it ours: asked again, it is answered the same."""
-
-    scope: bytes
-    fingerprint: bytes
-    lease: float
-    """Seconds the owner may take."""
-    answered: asyncio.Future[pb.ClaimOutcome | None]
-    nonce: bytes = field(default_factory=lambda: os.urandom(16))
-
-
 class Idempotency:
     """The client of idempotency_svc. Nothing here raises because the service is away: Postgres decides without it."""
 
@@ -136,10 +124,8 @@ class Idempotency:
         self._stub = stub
         self._ttl_millis = int(ttl * 1000)
         self._component = Component(None if stub is None else True, "", datetime.now(UTC))
-        self._slow = 0
         self._pending_bytes = 0
         self._probe: asyncio.Task[None] | None = None
-        self._claims: Groups[Claim] = Groups("claim", self._claim, self._not_claimed, max_size=128)
         self._ends: Groups[_End] = Groups(
             "complete", self._end, lambda end, error: DROPPED.inc(), max_size=256, gather=COMPLETE_GATHER, eager=False
         )
@@ -149,29 +135,34 @@ class Idempotency:
         return self._component
 
     @property
-    def alone(self) -> bool:
-        """Whether a claim made now would go without company."""
-        return self._claims.alone
+    def up(self) -> bool:
+        """Whether it is worth asking: switched on, and neither away nor in doubt."""
+        return self._probe is None and bool(self._component.up)
 
-    def announce(self, claim: Claim) -> None:
-        """Sends a claim whose outcome nobody waits for: others shall see that the key is being worked on."""
-        if self._component.up:
-            self._claims.put(claim)
+    def claim_item(self, scope: bytes, fingerprint: bytes, nonce: bytes, lease: float) -> pb.ClaimItem:
+        """An ask for a scope, to be owned for `lease` seconds; again with the same nonce, it is answered the same."""
+        return pb.ClaimItem(
+            scope=scope,
+            fingerprints=[pb.Fingerprint(kind=1, digest=fingerprint)],
+            nonce=nonce,
+            lease_millis=int(lease * 1000),
+            ttl_millis=self._ttl_millis,
+        )
 
-    async def claim(self, claim: Claim) -> pb.ClaimOutcome | None:
-        """What idempotency_svc says of the scope; None when it is away.
-
-        The RPC that carries the claim outlives its caller: a claim acquired for nobody is released.
-        """
-        if not self._component.up:
-            return None
-        self._claims.put(claim)
+    async def claim(self, items: Sequence[pb.ClaimItem]) -> Sequence[pb.ClaimOutcome | None]:
+        """What idempotency_svc says of each scope; None when it is away: then any of the claims may have arrived."""
+        if not self.up:
+            return [None] * len(items)
+        assert self._stub is not None
         try:
-            return await claim.answered
-        except asyncio.CancelledError:
-            if not claim.answered.cancelled():  # answered in the very turn in which the caller left
-                self._release_unused(claim, claim.answered.result())
-            raise
+            response = await self._stub.Claim(pb.ClaimRequest(items=items), timeout=CLAIM_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            self._failed(error)
+            CLAIMS["away"].inc(len(items))
+            return [None] * len(items)
+        for kind, count in Counted(outcome.WhichOneof("outcome") for outcome in response.outcomes).items():
+            CLAIMS[kind or "away"].inc(count)
+        return response.outcomes
 
     def complete(self, scope: bytes, nonce: bytes, *, fingerprint: bytes, code: int, answer: bytes, ttl: float) -> None:
         """Tells, off the caller's path, the answer that Postgres keeps for the scope (a durable Complete)."""
@@ -192,12 +183,9 @@ class Idempotency:
             )
         )
 
-    def release(self, claim: Claim) -> None:
-        """Gives up a claim for which nothing was written and nothing will be; if it is on its way, once it arrived."""
-        if claim.answered.done():
-            self._later(_End(release=pb.ReleaseItem(scope=claim.scope, nonce=claim.nonce)))
-        else:
-            claim.answered.add_done_callback(lambda answered: self.release(claim))
+    def release(self, scope: bytes, nonce: bytes) -> None:
+        """Gives up a claim for which nothing was written and nothing will be."""
+        self._later(_End(release=pb.ReleaseItem(scope=scope, nonce=nonce)))
 
     async def close(self) -> None:
         """Sends what waits, for a moment, and stops."""
@@ -205,7 +193,6 @@ class Idempotency:
             return
         try:
             async with asyncio.timeout(COMPLETE_SECONDS):
-                await self._claims.drained()
                 await self._ends.drained()
         except TimeoutError:
             log.warning("completions left unsent", count=len(self._ends))
@@ -213,45 +200,6 @@ class Idempotency:
             self._probe.cancel()
 
     # -- groups --
-
-    async def _claim(self, group: list[Claim]) -> None:
-        assert self._stub is not None
-        request = pb.ClaimRequest(
-            items=[
-                pb.ClaimItem(
-                    scope=claim.scope,
-                    fingerprints=[pb.Fingerprint(kind=1, digest=claim.fingerprint)],
-                    nonce=claim.nonce,
-                    lease_millis=int(claim.lease * 1000),
-                    ttl_millis=self._ttl_millis,
-                )
-                for claim in group
-            ]
-        )
-        try:
-            response = await self._stub.Claim(request, timeout=CLAIM_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            self._failed(error)
-            for claim in group:
-                self._answer(claim, None)
-            return
-        self._slow = 0
-        for claim, outcome in zip(group, response.outcomes, strict=True):
-            self._answer(claim, outcome)
-
-    def _not_claimed(self, claim: Claim, error: Exception) -> None:
-        self._answer(claim, None)
-
-    def _answer(self, claim: Claim, outcome: pb.ClaimOutcome | None) -> None:
-        CLAIMS[(outcome and outcome.WhichOneof("outcome")) or "away"].inc()
-        if claim.answered.done():
-            self._release_unused(claim, outcome)
-        else:
-            claim.answered.set_result(outcome)
-
-    def _release_unused(self, claim: Claim, outcome: pb.ClaimOutcome | None) -> None:
-        if outcome is None or outcome.WhichOneof("outcome") in ("acquired", "takeover"):
-            self.release(claim)
 
     def _later(self, end: _End) -> None:
         full = len(self._ends) >= MAX_PENDING or self._pending_bytes + end.size > MAX_PENDING_BYTES
@@ -289,36 +237,41 @@ class Idempotency:
     # -- breaker --
 
     def _failed(self, error: grpc.aio.AioRpcError) -> None:
+        """Opens the breaker. What was only slow is in doubt first: the probe, sent at once, tells."""
         if error.code() not in _AWAY:
             log.error("idempotency_svc refused a batch", code=error.code().name, detail=error.details())
             return
-        self._slow += 1
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self._slow < TRIP_AFTER:
-            return
+        if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            self._away(error)
+        if self._probe is None:
+            self._probe = asyncio.create_task(self._recover())
+
+    def _away(self, error: grpc.aio.AioRpcError) -> None:
         if self._component.up:
             detail = f"{error.code().name}: {error.details()}"
             log.warning("idempotency_svc away: going on with Postgres alone", detail=detail)
             self._component = Component(False, detail, datetime.now(UTC))
             DEGRADED.set(1)
-            self._probe = asyncio.create_task(self._recover())
 
     async def _recover(self) -> None:
         """Asks for something harmless that takes the whole way, token and Redis included, until it is answered."""
         assert self._stub is not None
         while True:
-            await asyncio.sleep(PROBE_SECONDS)
             nothing = pb.ReleaseRequest(items=[pb.ReleaseItem(scope=os.urandom(32), nonce=os.urandom(16))])
             try:
-                await self._stub.Release(nothing, timeout=CLAIM_SECONDS)
-            except Exception as error:
-                if not isinstance(error, grpc.aio.AioRpcError):
-                    log.exception("looking for idempotency_svc failed")
-                continue
-            self._slow = 0
+                await self._stub.Release(nothing, timeout=PROBE_TIMEOUT)
+            except grpc.aio.AioRpcError as error:
+                self._away(error)
+            except Exception:
+                log.exception("looking for idempotency_svc failed")
+            else:
+                break
+            await asyncio.sleep(PROBE_SECONDS)
+        self._probe = None
+        if not self._component.up:
             self._component = Component(True, "", datetime.now(UTC))
             DEGRADED.set(0)
             log.info("idempotency_svc back")
-            return
 
 
 @dataclass(slots=True, eq=False)

@@ -9,8 +9,8 @@ each step; store/write.py says what the one statement relies on.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
+from collections import Counter as Counted
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,7 @@ import structlog
 from prometheus_client import Counter
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from controller_svc.idempotency import KEY_HEADER, Claim, fingerprint_of, idempotency_key, scope_of
+from controller_svc.idempotency import KEY_HEADER, fingerprint_of, idempotency_key, scope_of
 from controller_svc.store.database import (
     STATEMENT_SECONDS,
     OutcomeUnknownError,
@@ -50,12 +50,13 @@ from svckit.groups import Groups, Slots
 from svckit.statuses import STORED_CODES, code_of, status_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from controller_svc.core.audit import AuditEvent
     from controller_svc.core.mutations import Actor, Key, Lookup, Mutation, Row
     from controller_svc.idempotency import Idempotency
     from controller_svc.store.database import Connection, Database
+    from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
     from svckit.interceptors import Call
 
 log = structlog.get_logger(__name__)
@@ -72,6 +73,12 @@ MARGIN = 0.1
 FIRST_LOOK = 0.05
 LAST_LOOK = 0.5
 """Seconds between two looks at a key that somebody else owns."""
+ANNOUNCE_SECONDS = 0.005
+"""After which a call under way is announced by its claim, unless it claims first. Most calls alone are done by then."""
+CLAIM_FIRST = 0.1
+"""The share of replays among the answers above which a call waits for its claim before it begins."""
+CLAIM_AHEAD = 0.02
+"""Seconds at most for which the next group's claim waits until this group's write is under way."""
 SWEEP_SECONDS = 10.0
 
 _OUTCOMES = Counter("orchestrator_writes_total", "Commands in a sent statement, by what became of them.", ["outcome"])
@@ -105,18 +112,25 @@ class Attempt:
     deadline: float
     """By the event loop's clock."""
     command_id: UUID
-    result: asyncio.Future[Answer | Exception]
+    result: asyncio.Future[Answer | Exception | pb.ClaimOutcome]
+    """Cancelled when the caller has left. An outcome: the key is another's, and the caller has to wait for it."""
     mutation: Mutation[Any] = None  # type: ignore[assignment]  # a claim of tasks has none
     command: Any = None
     respond: Callable[[Any], bytes] = lambda answer: b""
+    go: Callable[[Attempt], None] = lambda attempt: None
+    """Does the work once the key is ours, or once Postgres is to decide; settles the attempt."""
     not_after: Any = None
-    claim: Claim | None = None
+    claimed: bool = False
+    """The key may be ours at idempotency_svc."""
+    given_up: bool = False
+    """Nothing was written and nothing will be: a claim that is on its way still is to be released."""
     alone: bool = False
     look_at_guard: bool = False
     started: bool = False
     settled: bool = False
     unsure: bool = False
     """Sent once without an answer, and no guard looked for since."""
+    overdue: asyncio.TimerHandle | None = None
     collisions: int = 0
     followers: list[asyncio.Future[Answer | None]] = field(default_factory=list)
 
@@ -172,6 +186,12 @@ class Door:
         self._loop = asyncio.get_running_loop()
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}
+        self._claims: Groups[Attempt] = Groups("claim", self._claim, self._not_claimed, max_size=96)
+        self._announcements: Groups[Attempt] = Groups(
+            "announce", self._announce, self._not_announced, max_size=128, gather=ANNOUNCE_SECONDS, eager=False
+        )
+        self.replayed = 0.0
+        """The share of replays among the last fifty answers or so."""
         self._groups: Groups[Attempt] = Groups("write", self._in_group, self.settle, max_size=96, lanes=lanes)
         self._alone: Groups[Attempt] = Groups("alone", self._in_turn, self.settle, max_size=1, lanes=4)
 
@@ -183,7 +203,7 @@ class Door:
         """
         attempt = self.attempt(call)
         attempt.mutation, attempt.command, attempt.respond = mutation, command, respond
-        return self.tell(await self.once(attempt, call, self._decided), call)
+        return self.tell(await self.once(attempt, call, self._decide_soon), call)
 
     async def apply(self, mutation: Mutation[Any], command: Any, actor: Actor) -> None:
         """Runs a command of the server's own. Raises ServiceError as `write` does."""
@@ -203,13 +223,15 @@ class Door:
             mutation=mutation,
             command=command,
         )
-        await self._decided(attempt)
+        self._decide_soon(attempt)
+        await self._settled(attempt)
 
     async def close(self) -> None:
         """Returns when nothing is on its way any more."""
-        while self._groups.busy or self._alone.busy:
-            await self._groups.drained()
-            await self._alone.drained()
+        lines = (self._claims, self._announcements, self._groups, self._alone)
+        while any(line.busy for line in lines):
+            for line in lines:
+                await line.drained()
 
     # -- key --
 
@@ -255,14 +277,17 @@ class Door:
             raise StoredAnswer(answer.code, answer.body)
         return answer.body
 
-    async def once(self, attempt: Attempt, call: Call, work: Callable[[Attempt], Awaitable[Answer]]) -> Answer:
-        """Has `work` done by one owner per key, here and elsewhere; the others are given its answer.
+    async def once(self, attempt: Attempt, call: Call, go: Callable[[Attempt], None]) -> Answer:
+        """Has the work done by one owner per key, here and elsewhere; the others are given its answer.
 
-        `work` settles the attempt, by `finish` or `give_up`, whatever becomes of its caller. In this process the others
-        wait for the owner, and one of them takes over if it has no answer.
+        `go` starts the work, which settles the attempt by `finish` or `give_up`, whatever becomes of its caller. In
+        this process the others wait for the owner, and one of them takes over if it has no answer. Raises what the
+        attempt was given up with.
         """
+        attempt.go = go
         if attempt.key_hash is None:
-            return await work(attempt)
+            self._go(attempt)
+            return await self._settled(attempt)  # type: ignore[no-any-return]
         while (owner := self._owners.get(attempt.scope)) is not None:
             if owner.fingerprint != attempt.fingerprint:
                 return await self._recorded(attempt)
@@ -270,22 +295,34 @@ class Door:
             if answer is not None:
                 return answer._replace(replayed=True)
         self._owners[attempt.scope] = attempt
-        try:
-            if self._idempotency.alone and self._database.ready:
-                # Nobody to share steps with: the claim goes beside the work, not before it. Postgres decides, as when
-                # idempotency_svc is away; the claim only tells others that the key is being worked on.
-                attempt.claim = self._new_claim(attempt)
-                self._idempotency.announce(attempt.claim)
-                return await work(attempt)
-            answer = await self._claim(attempt, call)
-            if answer is None:
-                return await work(attempt)
-        except BaseException as error:
-            if not attempt.started:
+        self._start(attempt)
+        pause = FIRST_LOOK
+        while True:
+            result = await self._settled(attempt)
+            if isinstance(result, Answer):
+                return result
+            try:
+                answer = await self._look(attempt, result, pause, call)
+            except BaseException as error:
                 self.give_up(attempt, error if isinstance(error, ServiceError) else _gone())
+                raise
+            if answer is not None:
+                self.settle(attempt, answer)
+                return answer
+            pause = min(2 * pause, LAST_LOOK)
+            attempt.result = self._loop.create_future()
+            self._claims.put(attempt)
+
+    async def _settled(self, attempt: Attempt) -> Any:
+        """What became of the attempt. A caller that leaves before the start takes it along. Raises a refusal."""
+        try:
+            result = await attempt.result
+        except asyncio.CancelledError:
+            self._leave(attempt, _gone())
             raise
-        self.settle(attempt, answer)
-        return answer
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     async def _follow(self, owner: Attempt, attempt: Attempt, call: Call) -> Answer | None:
         follower: asyncio.Future[Answer | None] = self._loop.create_future()
@@ -299,40 +336,112 @@ class Door:
 
     # -- claim --
 
-    async def _claim(self, attempt: Attempt, call: Call) -> Answer | None:
-        """Claims the key at idempotency_svc. An answer is a replay; None: go on, the key is ours or Postgres decides.
+    def _start(self, attempt: Attempt) -> None:
+        """Has the work begun, and the key claimed: before the work where replays are frequent, else beside it.
+
+        A claim finds a replay without Postgres, and the wait for it costs a third of a first call. Beside the work it
+        only tells others that the key is being worked on; Postgres decides, as when idempotency_svc is away.
+        """
+        if not self._idempotency.up:
+            self._go(attempt)
+        elif self.replayed > CLAIM_FIRST or not self._database.ready:
+            self._claims.put(attempt)
+        else:
+            self._announcements.put(attempt)
+            self._go(attempt)
+
+    def _go(self, attempt: Attempt) -> None:
+        try:
+            attempt.go(attempt)
+        except Exception as error:
+            self.give_up(attempt, error)
+
+    async def _claim(self, group: list[Attempt]) -> None:
+        """Claims the keys of a group, which then goes on whole: what was one batch here is one in the statement too.
+
+        The lane is kept until that statement is under way. So while one group is written the next one is claimed, and
+        each has half of the calls in flight.
+        """
+        for attempt, outcome in zip(group, await self._ask(group), strict=True):
+            self._claimed(attempt, outcome)
+        self._groups.start()
+        await self._groups.started(CLAIM_AHEAD)
+
+    async def _ask(self, group: Sequence[Attempt]) -> Sequence[pb.ClaimOutcome | None]:
+        now = self._loop.time()
+        return await self._idempotency.claim(
+            [
+                self._idempotency.claim_item(
+                    attempt.scope,
+                    attempt.fingerprint,
+                    attempt.command_id.bytes,
+                    max(min(attempt.deadline - now, 30.0), 0.0) + 2.0,
+                )
+                for attempt in group
+            ]
+        )
+
+    def _not_claimed(self, attempt: Attempt, error: Exception) -> None:
+        self._claimed(attempt, None)
+
+    def _claimed(self, attempt: Attempt, outcome: pb.ClaimOutcome | None) -> None:
+        """Goes on with an attempt, or lets its caller know what the key's record says.
+
+        When idempotency_svc is away the claim may have arrived all the same; released or completed, it does no harm.
+        """
+        kind = outcome and outcome.WhichOneof("outcome")
+        attempt.claimed = kind in ("acquired", "takeover", None)
+        if attempt.given_up:
+            self._release(attempt)
+        elif outcome is None or attempt.claimed:
+            attempt.alone = kind == "takeover"  # the owner before may still be at work: wait for its locks
+            self._go(attempt)
+        elif kind == "replay":
+            self.settle(attempt, Answer(outcome.replay.code, outcome.replay.answer, replayed=True))
+        elif not attempt.result.done():
+            attempt.result.set_result(outcome)
+
+    async def _announce(self, group: list[Attempt]) -> None:
+        """Claims the keys of those in the group that are still under way. Who is in line yet, may learn its answer."""
+        under_way = [attempt for attempt in group if not attempt.settled]
+        if not under_way:
+            return
+        for attempt, outcome in zip(under_way, await self._ask(under_way), strict=True):
+            kind = outcome and outcome.WhichOneof("outcome")
+            attempt.claimed = kind in ("acquired", "takeover", None)
+            if attempt.given_up:
+                self._release(attempt)
+            elif outcome is not None and kind == "replay" and not attempt.started and not attempt.settled:
+                self._groups.take_out(attempt)
+                self._alone.take_out(attempt)
+                self.settle(attempt, Answer(outcome.replay.code, outcome.replay.answer, replayed=True))
+
+    def _not_announced(self, attempt: Attempt, error: Exception) -> None:
+        """The work goes on all the same."""
+
+    def _release(self, attempt: Attempt) -> None:
+        if attempt.claimed:
+            attempt.claimed = False
+            self._idempotency.release(attempt.scope, attempt.command_id.bytes)
+
+    async def _look(self, attempt: Attempt, outcome: pb.ClaimOutcome, pause: float, call: Call) -> Answer | None:
+        """The answer for a key that is another's by its record; None: claim again, the owner has had time.
 
         Raises FailedPrecondition IDEMPOTENCY_KEY_REUSED, or Aborted IDEMPOTENCY_IN_PROGRESS when the owner has not
         answered in time.
         """
-        pause = FIRST_LOOK
-        while True:
-            claim = self._new_claim(attempt)
-            outcome = await self._idempotency.claim(claim)
-            kind = outcome and outcome.WhichOneof("outcome")
-            if outcome is None or kind in ("acquired", "takeover"):
-                # When it is away the claim may have arrived all the same; released or completed, it does no harm.
-                attempt.claim = claim
-                attempt.alone = kind == "takeover"  # the owner before may still be at work: wait for its locks
-                return None
-            if kind == "replay":
-                return Answer(outcome.replay.code, outcome.replay.answer, replayed=True)
-            if kind == "mismatch":
-                if outcome.mismatch.durable:
-                    raise _key_reused()
-                return await self._recorded(attempt)
-            guard = await self._guard(attempt)  # busy: its owner may have died between COMMIT and Complete
-            if guard is not None:
-                return self.replay(attempt, guard)
-            if attempt.remaining < pause + MARGIN:
-                raise _in_progress(outcome.busy.lease_left_millis / 1000 if outcome is not None else 1.0)
-            with call.waiting():
-                await asyncio.sleep(pause)
-            pause = min(2 * pause, LAST_LOOK)
-
-    def _new_claim(self, attempt: Attempt) -> Claim:
-        lease = max(min(attempt.remaining, 30.0), 0.0) + 2.0
-        return Claim(attempt.scope, attempt.fingerprint, lease, self._loop.create_future())
+        if outcome.WhichOneof("outcome") == "mismatch":
+            if outcome.mismatch.durable:
+                raise _key_reused()
+            return await self._recorded(attempt)
+        guard = await self._guard(attempt)  # busy: its owner may have died between COMMIT and Complete
+        if guard is not None:
+            return self.replay(attempt, guard)
+        if attempt.remaining < pause + MARGIN:
+            raise _in_progress(outcome.busy.lease_left_millis / 1000)
+        with call.waiting():
+            await asyncio.sleep(pause)
+        return None
 
     async def _recorded(self, attempt: Attempt) -> Answer:
         """The key has another fingerprint in a place that does not decide: the guard does."""
@@ -357,10 +466,9 @@ class Door:
         return Answer(guard.code, guard.answer, replayed=not mine)
 
     def _complete(self, attempt: Attempt, fingerprint: bytes, code: int, answer: bytes, guard_left: timedelta) -> None:
-        nonce = attempt.claim.nonce if attempt.claim is not None else os.urandom(16)
         self._idempotency.complete(
             attempt.scope,
-            nonce,
+            attempt.command_id.bytes,
             fingerprint=fingerprint,
             code=code,
             answer=answer,
@@ -369,34 +477,20 @@ class Door:
 
     # -- read, decide, write --
 
-    async def _decided(self, attempt: Attempt) -> Answer:
-        """Waits for the attempt's slots, a group and its outcome.
-
-        A caller that leaves before the start takes it along.
-        """
+    def _decide_soon(self, attempt: Attempt) -> None:
+        """Has the attempt take its slots, and then a place in a group."""
         if not self._database.ready:
-            self.give_up(attempt, unavailable())
             raise unavailable()
         attempt.not_after = self._database.now() + timedelta(seconds=attempt.remaining)
         keys = attempt.mutation.reads(attempt.command, {})
-        overdue = None
         if not self._slots.take(attempt, (attempt.scope, *keys.change), self._line_up):
-            overdue = self._loop.call_at(attempt.deadline - MARGIN, self._leave, attempt, resource_busy())
-        try:
-            result = await attempt.result
-        except asyncio.CancelledError:
-            self._leave(attempt, _gone())
-            raise
-        finally:
-            if overdue is not None:
-                overdue.cancel()
-        if isinstance(result, Exception):
-            raise result
-        return result
+            attempt.overdue = self._loop.call_at(attempt.deadline - MARGIN, self._leave, attempt, resource_busy())
 
     def _leave(self, attempt: Attempt, error: ServiceError) -> None:
         """Takes an attempt out of whatever line it stands in. One that has started goes on."""
         if not attempt.started:
+            self._claims.take_out(attempt)
+            self._announcements.take_out(attempt)
             self._groups.take_out(attempt)
             self._alone.take_out(attempt)
             self.give_up(attempt, error)
@@ -535,9 +629,10 @@ class Door:
         """
         recorded: list[Decided] = []
         under_way: list[Decided] = []
+        for outcome, count in Counted(outcomes).items():
+            OUTCOMES[outcome].inc(count)
         for pair, outcome in zip(decided, outcomes, strict=True):
             attempt, write = pair
-            OUTCOMES[outcome].inc()
             if outcome is Outcome.WON:
                 self._won(attempt, write)
             elif outcome in (Outcome.LOST, Outcome.EXPIRED):
@@ -675,19 +770,23 @@ class Door:
         """Ends an attempt that wrote nothing and never will: its claim is free again."""
         if attempt.settled:
             return
-        if attempt.claim is not None:
-            self._idempotency.release(attempt.claim)
+        attempt.given_up = True
+        self._release(attempt)
         self.settle(attempt, error)
 
     def settle(self, attempt: Attempt, result: Answer | Exception) -> None:
         """Answers the caller and who waits with it; only a kept answer is theirs too."""
         attempt.settled = True
+        if attempt.overdue is not None:
+            attempt.overdue.cancel()
         self._slots.give_back(attempt)
         if self._owners.get(attempt.scope) is attempt:
             del self._owners[attempt.scope]
         if not attempt.result.done():
             attempt.result.set_result(result)
         kept = result if isinstance(result, Answer) else None
+        if kept is not None:
+            self.replayed += (kept.replayed - self.replayed) * 0.02
         for follower in attempt.followers:
             if not follower.done():
                 follower.set_result(kept)

@@ -60,6 +60,8 @@ class Groups(Generic[T]):
         self._running: set[asyncio.Task[None]] = set()
         self._last_size = 1
         self._launching = False
+        self._formed = False
+        self._launched: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._sizes = GROUP_SIZE.labels(name)
 
@@ -72,16 +74,25 @@ class Groups(Generic[T]):
         """Whether anything waits or runs."""
         return bool(self._waiting or self._running)
 
-    @property
-    def alone(self) -> bool:
-        """Whether an item put now would have no company: nothing waits, nothing runs, and the last one had none."""
-        return self._last_size == 1 and not self.busy
-
     def put(self, item: T) -> None:
         """Adds an item; it starts with the next group that has room, in order of arrival."""
         self._waiting[item] = copy_context()
         if not self._launching and len(self._running) < self._lanes:
             self._schedule()
+
+    def start(self) -> None:
+        """Has what waits start without gathering, as soon as a lane is free: it was a group before it came here."""
+        self._formed = bool(self._waiting)
+        if self._formed and len(self._running) < self._lanes:
+            self._launch()
+
+    async def started(self, seconds: float) -> None:
+        """Returns when nothing waits for a lane any more, at the latest after `seconds`. For one caller at a time."""
+        if self._waiting:
+            self._launched = self._loop.create_future()
+            timer = self._loop.call_later(seconds, _resolve, self._launched)
+            await self._launched
+            timer.cancel()
 
     def take_out(self, item: T) -> bool:
         """Takes an item out before its start. False when it has started already, or never came."""
@@ -94,7 +105,7 @@ class Groups(Generic[T]):
 
     def _schedule(self) -> None:
         """Sees to it that a group starts: in the loop's next turn (what comes in this one joins), or after `gather`."""
-        enough = 1 if self._eager and self._last_size == 1 else self._max_size
+        enough = 1 if self._formed or (self._eager and self._last_size == 1) else self._max_size
         if enough == 1 or len(self._waiting) >= enough:
             if not self._launching:
                 self._launching = True
@@ -115,6 +126,10 @@ class Groups(Generic[T]):
             task = self._loop.create_task(self._run(group), context=contexts[0])
             self._running.add(task)  # the loop holds tasks weakly
             task.add_done_callback(self._ended)
+        if not self._waiting:
+            self._formed = False
+            if self._launched is not None:
+                _resolve(self._launched)
 
     async def _run(self, group: list[T]) -> None:
         try:
@@ -131,6 +146,11 @@ class Groups(Generic[T]):
         self._running.discard(task)
         if self._waiting:
             self._schedule()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class Slots(Generic[T]):

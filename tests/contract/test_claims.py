@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import redis
 
+from controller_svc import mutation
 from controller_svc.idempotency import COMPLETE_GATHER, Idempotency
 from controller_svc.mutation import Door, Lifetimes
+from controller_svc.store.write import write
 from deploy.local.servers import Postgres
 from idempotency_svc.cache import RedisCache
 from idempotency_svc.servicer import IdempotencyServicer
@@ -60,12 +63,12 @@ async def stub(redis_url: str) -> AsyncIterator[Stub]:
 
 
 @pytest.fixture
-async def client(own_postgres: Postgres, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
-    """A door whose calls never think themselves alone, so that every claim is waited for."""
-    monkeypatch.setattr(Idempotency, "alone", property(lambda self: False))
+async def client(own_postgres: Postgres, stub: Stub) -> AsyncIterator[Client]:
+    """A door that has seen replays, so that every claim is waited for."""
     async with _client(own_postgres.url) as client:
         idempotency = Idempotency(stub, ttl=86400)  # type: ignore[arg-type]
         client.door = Door(client.database, idempotency, Lifetimes(ok=86400, error=600), lanes=1)
+        client.door.replayed = 1.0
         yield client
 
 
@@ -106,6 +109,83 @@ async def test_a_replay_needs_no_postgres(client: Client, stub: Stub, own_postgr
         await client.create("k", a=2)
     assert reused.value.reason == "IDEMPOTENCY_KEY_REUSED"
     assert stub.outcomes[-1] == "mismatch"
+
+
+@contextmanager
+def a_write_under_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[asyncio.Event]:
+    """The next statement is sent only at the end: what comes after it stands in line. The event: it is there."""
+    there, go_on = asyncio.Event(), asyncio.Event()
+
+    async def held(*args: Any, **kwargs: Any) -> Any:
+        there.set()
+        await go_on.wait()
+        return await write(*args, **kwargs)
+
+    monkeypatch.setattr(mutation, "write", held)
+    yield there
+    go_on.set()
+
+
+async def test_a_first_call_does_not_wait_for_its_claim(
+    client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.door.replayed = 0.0
+    asked = asyncio.Event()
+
+    async def hang(*_args: Any, **_more: Any) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(stub, "Claim", hang)
+    with a_write_under_way(monkeypatch) as there:
+        call = asyncio.create_task(client.create("k", a=1))
+        await there.wait()
+        await asked.wait()  # it takes long enough to be announced
+    await call
+    assert await client.rows("select count(*) from sessions") == [(1,)]
+
+
+async def test_a_call_in_line_learns_its_answer_by_being_announced(
+    client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await client.create("k", a=1)
+    await completed()
+    client.door.replayed = 0.0
+    with a_write_under_way(monkeypatch) as there:
+        other = asyncio.create_task(client.create("other"))
+        await there.wait()
+        assert await client.create("k", a=1) == first + " replayed"
+    await other
+    assert await client.rows("select count(*) from sessions") == [(2,)]
+
+
+async def test_an_announced_call_whose_caller_left_gives_its_key_back(
+    client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.door.replayed = 0.0
+    with a_write_under_way(monkeypatch) as there:
+        other = asyncio.create_task(client.create("other"))
+        await there.wait()
+        leaving = asyncio.create_task(client.create("k", a=1))
+        while len(stub.claims) < 2:
+            await asyncio.sleep(0.01)
+        leaving.cancel()
+    await other
+    await completed()
+    await foreign_claim(stub, stub.claims[-1], lease_millis=1000)
+    assert stub.outcomes[-1] == "acquired"
+    assert await client.rows("select count(*) from sessions") == [(1,)]
+
+
+async def test_frequent_replays_make_claims_go_first(client: Client, stub: Stub) -> None:
+    client.door.replayed = 0.0
+    first = await client.create("k", a=1)
+    while client.door.replayed <= mutation.CLAIM_FIRST:
+        assert await client.create("k", a=1) == first + " replayed"
+    await completed()
+    stub.outcomes.clear()
+    assert await client.create("k", a=1) == first + " replayed"
+    assert stub.outcomes == ["replay"]
 
 
 async def test_busy_waits_for_the_owner_and_takes_over_when_its_lease_is_over(client: Client, stub: Stub) -> None:

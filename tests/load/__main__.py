@@ -12,6 +12,7 @@ from contextlib import ExitStack
 import psycopg
 
 from deploy.local.processes import LocalError
+from tests.load.calls import ECHOES
 from tests.load.probes import cpu_seconds, group_sizes, hardware
 from tests.load.stack import Stack, running
 from tests.load.table import LEGEND, Row, add_groups, errors, summary, table, write
@@ -56,7 +57,7 @@ class Bench:
     def _measure(self, row: Row, tool: Aio | Ghz) -> None:
         pids = dict(self._stack.pids)
         echo_pid = pids.pop("echo")
-        if row.call == "echo":
+        if row.call in ECHOES:
             pids = {"controller": echo_pid}
         if tool.pid is not None:
             pids["client"] = tool.pid
@@ -68,7 +69,7 @@ class Bench:
         spent.setdefault("client", _own_children() - own)
         for name, seconds in spent.items():
             row.cpu[name] += seconds
-        if row.call != "echo":
+        if row.call not in ECHOES:
             add_groups(row, groups, group_sizes(self._stack.metrics_url))
         row.total.add(stretch)
         self._progress(row, stretch)

@@ -13,6 +13,8 @@ from google.protobuf.descriptor import FileDescriptor
 from orchestrator.controller.v1 import session_service_pb2, task_service_pb2
 
 CONNECTIONS = 8
+ECHOES = ("echo", "echo-keyed")
+"""Answered by the echo; the second is sent what CreateSession is sent, token and key included."""
 TIMEOUT_SECONDS = 20.0
 REPLAYS = 1000
 """Sessions that are there before anything is measured, with the keys `replay-0`, `replay-1`, … of replay.json."""

@@ -102,6 +102,7 @@ class Client:
         self._replays: Iterator[Replay] = iter(())
         self._steps: dict[str, Callable[[Caller], Awaitable[object]]] = {
             "echo": lambda caller: caller.call("echo", self._create_request),
+            "echo-keyed": lambda caller: caller.call("echo", self._create_request, self._with_key()),
             "create": lambda caller: caller.call("create", self._create_request, self._with_key()),
             "get": lambda caller: caller.call("get", next(self._gets), self._bearer),
             "list": lambda caller: caller.call("list", self._list_request, self._bearer),

@@ -26,6 +26,7 @@ LEGEND = """\
 - *calls/s* counts RPCs that were answered OK, also in `loop` (route, claim, complete) and `mix` (create, route, claim,
   heartbeat, complete); the percentiles are of single RPCs.
 - *of echo* is calls/s divided by those of the bare echo of the same tool at the same number in flight.
+- `echo-keyed` is the echo again, sent token and key as CreateSession is.
 - *CPU* is milliseconds of a process per 1000 calls; in rows of the echo, *controller* is the echo process.
 - *mean group* is the mean number of items per group, by the controller's queue: writes, claims of keys, completions of
   keys.
@@ -57,10 +58,10 @@ class Row:
         return statistics.quantiles(latencies, n=100, method="inclusive")[percent - 1]
 
 
-def echo_of(row: Row, rows: Iterable[Row]) -> Row | None:
+def echo_of(row: Row, rows: Iterable[Row], call: str = "echo") -> Row | None:
     """The echo that this row is compared with."""
     for other in rows:
-        if (other.tool, other.call, other.in_flight) == (row.tool, "echo", row.in_flight):
+        if (other.tool, other.call, other.in_flight) == (row.tool, call, row.in_flight):
             return other
     return None
 
@@ -112,9 +113,11 @@ def summary(rows: Sequence[Row]) -> list[str]:
         if row.call != "create" or echo is None or not echo.rate or not row.rate:
             continue
         if row.in_flight == 64:
-            lines.append(
-                f"{row.tool}: CreateSession at 64 in flight reaches {row.rate / echo.rate:.2f} of the bare echo."
-            )
+            line = f"{row.tool}: CreateSession at 64 in flight reaches {row.rate / echo.rate:.2f} of the bare echo"
+            keyed = echo_of(row, rows, "echo-keyed")
+            if keyed is not None and keyed.rate:
+                line += f", {row.rate / keyed.rate:.2f} of an echo that is sent the same token and key"
+            lines.append(f"{line}.")
         elif row.in_flight == 1:
             times = row.percentile(50) / echo.percentile(50)
             lines.append(f"{row.tool}: CreateSession alone takes {times:.1f} times the echo's p50.")

@@ -19,7 +19,7 @@ from psycopg import conninfo
 
 from deploy.local.processes import ROOT, LocalError
 from deploy.local.servers import embedded_postgres
-from tests.load.calls import CONNECTIONS, REPLAYS, config, protoset
+from tests.load.calls import CONNECTIONS, ECHOES, REPLAYS, config, protoset
 from tests.load.stack import Stack
 
 GHZ_INSTALL = "go install github.com/bojand/ghz/cmd/ghz@v0.93.0"
@@ -74,7 +74,7 @@ class Aio:
     """The aio client in its process."""
 
     name = "aio"
-    calls = ("echo", "create", "get", "list", "replay", "loop", "mix")
+    calls = ("echo", "echo-keyed", "create", "get", "list", "replay", "loop", "mix")
 
     def __init__(self, stack: Stack) -> None:
         self._log = (stack.folder / "client.log").open("wb")
@@ -141,7 +141,7 @@ class Ghz:
     """ghz with the configurations of tests/load/ghz, a process per stretch of at least SHORTEST_GHZ seconds."""
 
     name = "ghz"
-    calls = ("echo", "create", "get", "list", "replay", "route", "claim")
+    calls = ("echo", "echo-keyed", "create", "get", "list", "replay", "route", "claim")
     pid = None
 
     def __init__(self, program: str, stack: Stack, sessions: Sequence[str], aio: Aio) -> None:
@@ -176,7 +176,7 @@ class Ghz:
             [
                 self._program, "--config", str(file), "--protoset", str(self._protoset),
                 *limit, "--duration-stop=wait", "-c", str(in_flight), "--connections", str(min(in_flight, CONNECTIONS)),
-                "-O", "json", "-o", str(output), self._stack.echo_target if call == "echo" else self._stack.target,
+                "-O", "json", "-o", str(output), self._stack.echo_target if call in ECHOES else self._stack.target,
             ],
             cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip

@@ -50,7 +50,7 @@ def test_one_run_measures_everything() -> None:
         if tool != "pgbench" and call in {"create", "route", "loop", "mix"}:
             assert "write" in row["mean group"]
     share = rows["aio", "create", "64"]["of echo"]
-    assert f"aio: CreateSession at 64 in flight reaches {share} of the bare echo." in ended.stdout
+    assert f"aio: CreateSession at 64 in flight reaches {share} of the bare echo, " in ended.stdout
     assert " cores (" in ended.stdout
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,7 +234,7 @@ def test_without_a_python_there_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ci", "code"), [("true", 1), ("", 0)])
 def test_in_ci_a_skip_is_a_failure(tmp_path: Path, ci: str, code: int) -> None:
     (tmp_path / "test_skip.py").write_text("import pytest\ndef test_it():\n    pytest.skip('no tool')\n")
-    command = ["python", "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "test_skip.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "test_skip.py"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CI": ci}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
