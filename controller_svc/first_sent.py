@@ -15,7 +15,10 @@ FIRST_SENT_HEADER = "idempotency-first-sent"
 MOST_AHEAD = timedelta(minutes=5)
 """How far a caller's clock may be ahead of ours."""
 
-_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:[0-5]\d)", re.ASCII).fullmatch
+_HOUR = r"(?:[01]\d|2[0-3])"  # fromisoformat knows 24:00 from Python 3.14 on; RFC 3339 does not
+_RFC_3339 = re.compile(
+    rf"\d{{4}}-\d\d-\d\d[Tt]{_HOUR}:\d\d:\d\d(?:\.\d{{1,9}})?(?:[Zz]|[+-]{_HOUR}:[0-5]\d)", re.ASCII
+).fullmatch
 
 
 def first_sent(values: Sequence[str], now: datetime) -> datetime | None:
