@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from prometheus_client import Counter
 
-from idempotency_svc.link import Link, Script
+from idempotency_svc.link import Link
+from idempotency_svc.server import Script
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -95,7 +96,13 @@ class Mismatch:
     durable: bool
 
 
-ClaimOutcome = Acquired | Takeover | Replay | Busy | Mismatch
+@dataclass(frozen=True, slots=True)
+class Away:
+    """The record cannot be reached, or was not in time; the item may have been treated."""
+
+
+AWAY = Away()
+ClaimOutcome = Acquired | Takeover | Replay | Busy | Mismatch | Away
 
 
 class Completed(enum.Enum):
@@ -106,6 +113,7 @@ class Completed(enum.Enum):
     ALREADY = 3
     FENCED = 4
     MISMATCH = 5
+    AWAY = 6
 
 
 class Released(enum.Enum):
@@ -115,6 +123,7 @@ class Released(enum.Enum):
     ABSENT = 2
     FENCED = 3
     ALREADY = 4
+    AWAY = 5
 
 
 class Cache(Protocol):
@@ -122,8 +131,8 @@ class Cache(Protocol):
 
     Each method takes 1 to 256 items of valid sizes, treats them in order, one after another, each atomically, and
     answers item by item. Every step may be repeated with the same items, as after an answer that was lost. Times are
-    this store's own. All raise Unavailable (REDIS_UNAVAILABLE) when the store cannot be reached or must not be
-    trusted; then any of the items may have been treated.
+    this store's own. An item whose record is out of reach, or not in time, is answered AWAY; all methods raise
+    Unavailable (REDIS_UNAVAILABLE) when no record can be reached or trusted. Either may have been treated.
 
     A record is absent, in progress (an owner, its lease, a time to live), released, or completed (an answer, durable
     or not). What cannot be read as a record is absent.
@@ -203,13 +212,13 @@ class RedisCache:
         """As Cache.claim."""
         packed = []
         for _, fingerprints, nonce, lease_millis, ttl_millis in items:
-            packed.append(_CLAIM.pack(lease_millis, ttl_millis, nonce, len(fingerprints)))
-            packed += [b"%c%b" % fingerprint for fingerprint in fingerprints]
-        reply = await self._run(self._claim, items, b"".join(packed), b"%d" % _LARGEST_REPLY)
+            head = _CLAIM.pack(lease_millis, ttl_millis, nonce, len(fingerprints))
+            packed.append(b"".join([head, *[b"%c%b" % fingerprint for fingerprint in fingerprints]]))
+        places, reply = await self._run(self._claim, items, packed, b"%d" % _LARGEST_REPLY)
         outcomes: list[ClaimOutcome] = []
         counts = [0] * len(_CLAIM_OUTCOMES)
         unreadable = at = 0
-        for _ in items:
+        for _ in places:
             kind, number = _OUTCOME.unpack_from(reply, at)
             at += _OUTCOME.size
             if kind & _UNREADABLE_BIT:
@@ -235,31 +244,57 @@ class RedisCache:
                 _OUTCOMES.labels("claim", _CLAIM_OUTCOMES[kind]).inc(count)
         if unreadable:
             _UNREADABLE.inc(unreadable)
-        return outcomes
+        return _within_limit(_in_place("claim", outcomes, places, len(items), AWAY))
 
     async def complete(self, items: Sequence[CompleteItem]) -> list[Completed]:
         """As Cache.complete."""
         packed = []
         for _, fingerprints, nonce, code, answer, ttl_millis, durable in items:
-            packed.append(_COMPLETE.pack(nonce, ttl_millis, durable, code, len(fingerprints), len(answer)))
-            packed += [b"%c%b" % fingerprint for fingerprint in fingerprints]
-            packed.append(answer)
-        reply = await self._run(self._complete, items, b"".join(packed))
-        return _results("complete", Completed, reply)
+            head = _COMPLETE.pack(nonce, ttl_millis, durable, code, len(fingerprints), len(answer))
+            packed.append(b"".join([head, *[b"%c%b" % fingerprint for fingerprint in fingerprints], answer]))
+        places, reply = await self._run(self._complete, items, packed)
+        return _in_place("complete", _results("complete", Completed, reply), places, len(items), Completed.AWAY)
 
     async def release(self, items: Sequence[ReleaseItem]) -> list[Released]:
         """As Cache.release."""
-        reply = await self._run(self._release, items, b"".join([item.nonce for item in items]))
-        return _results("release", Released, reply)
+        places, reply = await self._run(self._release, items, [item.nonce for item in items])
+        return _in_place("release", _results("release", Released, reply), places, len(items), Released.AWAY)
 
-    async def _run(self, script: Script, items: Sequence[_Item], *arguments: bytes) -> bytes:
-        """One call of a script with the items' keys; a reply, or Unavailable."""
+    async def _run(
+        self, script: Script, items: Sequence[_Item], packed: Sequence[bytes], *arguments: bytes
+    ) -> tuple[Sequence[int], bytes]:
+        """As Link.run, with the items' keys."""
         keys = [b"idem:1:{%b}" % item.scope[:16].hex().encode() for item in items]
-        return await self._link.run(script, keys, *arguments)
+        return await self._link.run(script, keys, packed, *arguments)
 
 
 _Item = ClaimItem | CompleteItem | ReleaseItem
 _Result = TypeVar("_Result", Completed, Released)
+_Outcome = TypeVar("_Outcome", ClaimOutcome, Completed, Released)
+
+
+def _in_place(step: str, outcomes: list[_Outcome], places: Sequence[int], count: int, away: _Outcome) -> list[_Outcome]:
+    """The outcomes, which are in the order of `places`, in that of the `count` items; `away` where there is none."""
+    if places == range(count):
+        return outcomes
+    if missing := count - len(places):
+        _OUTCOMES.labels(step, "away").inc(missing)
+    placed = [away] * count
+    for place, outcome in zip(places, outcomes, strict=True):
+        placed[place] = outcome
+    return placed
+
+
+def _within_limit(outcomes: list[ClaimOutcome]) -> list[ClaimOutcome]:
+    """As each script call limits its own reply: of a batch, there may have been many."""
+    room = _LARGEST_REPLY
+    for place, outcome in enumerate(outcomes):
+        if isinstance(outcome, Replay):
+            if len(outcome.answer) > room < _LARGEST_REPLY:
+                outcomes[place] = Busy(1)
+            else:
+                room -= len(outcome.answer)
+    return outcomes
 
 
 def _results(step: str, kind: type[_Result], reply: bytes) -> list[_Result]:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from orchestrator.options.v1 import options_pb2 as orchestrator_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n5orchestrator/idempotency/v1/idempotency_service.proto\x12\x1borchestrator.idempotency.v1\x1a%orchestrator/options/v1/options.proto\"L\n\x0c\x43laimRequest\x12<\n\x05items\x18\x01 \x03(\x0b\x32&.orchestrator.idempotency.v1.ClaimItemR\x05items\"V\n\rClaimResponse\x12\x45\n\x08outcomes\x18\x01 \x03(\x0b\x32).orchestrator.idempotency.v1.ClaimOutcomeR\x08outcomes\"R\n\x0f\x43ompleteRequest\x12?\n\x05items\x18\x01 \x03(\x0b\x32).orchestrator.idempotency.v1.CompleteItemR\x05items\"\\\n\x10\x43ompleteResponse\x12H\n\x08outcomes\x18\x01 \x03(\x0b\x32,.orchestrator.idempotency.v1.CompleteOutcomeR\x08outcomes\"P\n\x0eReleaseRequest\x12>\n\x05items\x18\x01 \x03(\x0b\x32(.orchestrator.idempotency.v1.ReleaseItemR\x05items\"Z\n\x0fReleaseResponse\x12G\n\x08outcomes\x18\x01 \x03(\x0b\x32+.orchestrator.idempotency.v1.ReleaseOutcomeR\x08outcomes\"\xc7\x01\n\tClaimItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12L\n\x0c\x66ingerprints\x18\x02 \x03(\x0b\x32(.orchestrator.idempotency.v1.FingerprintR\x0c\x66ingerprints\x12\x14\n\x05nonce\x18\x03 \x01(\x0cR\x05nonce\x12!\n\x0clease_millis\x18\x04 \x01(\rR\x0bleaseMillis\x12\x1d\n\nttl_millis\x18\x05 \x01(\x04R\tttlMillis\"\x8f\x05\n\x0c\x43laimOutcome\x12P\n\x08\x61\x63quired\x18\x01 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.AcquiredH\x00R\x08\x61\x63quired\x12P\n\x08takeover\x18\x02 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.TakeoverH\x00R\x08takeover\x12J\n\x06replay\x18\x03 \x01(\x0b\x32\x30.orchestrator.idempotency.v1.ClaimOutcome.ReplayH\x00R\x06replay\x12\x44\n\x04\x62usy\x18\x04 \x01(\x0b\x32..orchestrator.idempotency.v1.ClaimOutcome.BusyH\x00R\x04\x62usy\x12P\n\x08mismatch\x18\x05 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.MismatchH\x00R\x08mismatch\x1a \n\x08\x41\x63quired\x12\x14\n\x05\x65poch\x18\x01 \x01(\rR\x05\x65poch\x1a \n\x08Takeover\x12\x14\n\x05\x65poch\x18\x01 \x01(\rR\x05\x65poch\x1aN\n\x06Replay\x12\x12\n\x04\x63ode\x18\x01 \x01(\x05R\x04\x63ode\x12\x16\n\x06\x61nswer\x18\x02 \x01(\x0cR\x06\x61nswer\x12\x18\n\x07\x64urable\x18\x03 \x01(\x08R\x07\x64urable\x1a\x32\n\x04\x42usy\x12*\n\x11lease_left_millis\x18\x01 \x01(\rR\x0fleaseLeftMillis\x1a$\n\x08Mismatch\x12\x18\n\x07\x64urable\x18\x01 \x01(\x08R\x07\x64urableB\t\n\x07outcome\"\xed\x01\n\x0c\x43ompleteItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12L\n\x0c\x66ingerprints\x18\x02 \x03(\x0b\x32(.orchestrator.idempotency.v1.FingerprintR\x0c\x66ingerprints\x12\x14\n\x05nonce\x18\x03 \x01(\x0cR\x05nonce\x12\x12\n\x04\x63ode\x18\x04 \x01(\x05R\x04\x63ode\x12\x16\n\x06\x61nswer\x18\x05 \x01(\x0cR\x06\x61nswer\x12\x1d\n\nttl_millis\x18\x06 \x01(\x04R\tttlMillis\x12\x18\n\x07\x64urable\x18\x07 \x01(\x08R\x07\x64urable\"\xe8\x01\n\x0f\x43ompleteOutcome\x12K\n\x06result\x18\x01 \x01(\x0e\x32\x33.orchestrator.idempotency.v1.CompleteOutcome.ResultR\x06result\"\x87\x01\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x14\n\x10RESULT_COMPLETED\x10\x01\x12\x13\n\x0fRESULT_RESTORED\x10\x02\x12\x12\n\x0eRESULT_ALREADY\x10\x03\x12\x11\n\rRESULT_FENCED\x10\x04\x12\x13\n\x0fRESULT_MISMATCH\x10\x05\"9\n\x0bReleaseItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12\x14\n\x05nonce\x18\x02 \x01(\x0cR\x05nonce\"\xcd\x01\n\x0eReleaseOutcome\x12J\n\x06result\x18\x01 \x01(\x0e\x32\x32.orchestrator.idempotency.v1.ReleaseOutcome.ResultR\x06result\"o\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x13\n\x0fRESULT_RELEASED\x10\x01\x12\x11\n\rRESULT_ABSENT\x10\x02\x12\x11\n\rRESULT_FENCED\x10\x03\x12\x12\n\x0eRESULT_ALREADY\x10\x04\"9\n\x0b\x46ingerprint\x12\x12\n\x04kind\x18\x01 \x01(\rR\x04kind\x12\x16\n\x06\x64igest\x18\x02 \x01(\x0cR\x06\x64igest2\xaf\x03\n\x12IdempotencyService\x12\x81\x01\n\x05\x43laim\x12).orchestrator.idempotency.v1.ClaimRequest\x1a*.orchestrator.idempotency.v1.ClaimResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x8a\x01\n\x08\x43omplete\x12,.orchestrator.idempotency.v1.CompleteRequest\x1a-.orchestrator.idempotency.v1.CompleteResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x87\x01\n\x07Release\x12+.orchestrator.idempotency.v1.ReleaseRequest\x1a,.orchestrator.idempotency.v1.ReleaseResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n5orchestrator/idempotency/v1/idempotency_service.proto\x12\x1borchestrator.idempotency.v1\x1a%orchestrator/options/v1/options.proto\"L\n\x0c\x43laimRequest\x12<\n\x05items\x18\x01 \x03(\x0b\x32&.orchestrator.idempotency.v1.ClaimItemR\x05items\"V\n\rClaimResponse\x12\x45\n\x08outcomes\x18\x01 \x03(\x0b\x32).orchestrator.idempotency.v1.ClaimOutcomeR\x08outcomes\"R\n\x0f\x43ompleteRequest\x12?\n\x05items\x18\x01 \x03(\x0b\x32).orchestrator.idempotency.v1.CompleteItemR\x05items\"\\\n\x10\x43ompleteResponse\x12H\n\x08outcomes\x18\x01 \x03(\x0b\x32,.orchestrator.idempotency.v1.CompleteOutcomeR\x08outcomes\"P\n\x0eReleaseRequest\x12>\n\x05items\x18\x01 \x03(\x0b\x32(.orchestrator.idempotency.v1.ReleaseItemR\x05items\"Z\n\x0fReleaseResponse\x12G\n\x08outcomes\x18\x01 \x03(\x0b\x32+.orchestrator.idempotency.v1.ReleaseOutcomeR\x08outcomes\"\xc7\x01\n\tClaimItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12L\n\x0c\x66ingerprints\x18\x02 \x03(\x0b\x32(.orchestrator.idempotency.v1.FingerprintR\x0c\x66ingerprints\x12\x14\n\x05nonce\x18\x03 \x01(\x0cR\x05nonce\x12!\n\x0clease_millis\x18\x04 \x01(\rR\x0bleaseMillis\x12\x1d\n\nttl_millis\x18\x05 \x01(\x04R\tttlMillis\"\xdd\x05\n\x0c\x43laimOutcome\x12P\n\x08\x61\x63quired\x18\x01 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.AcquiredH\x00R\x08\x61\x63quired\x12P\n\x08takeover\x18\x02 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.TakeoverH\x00R\x08takeover\x12J\n\x06replay\x18\x03 \x01(\x0b\x32\x30.orchestrator.idempotency.v1.ClaimOutcome.ReplayH\x00R\x06replay\x12\x44\n\x04\x62usy\x18\x04 \x01(\x0b\x32..orchestrator.idempotency.v1.ClaimOutcome.BusyH\x00R\x04\x62usy\x12P\n\x08mismatch\x18\x05 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.MismatchH\x00R\x08mismatch\x12\x44\n\x04\x61way\x18\x06 \x01(\x0b\x32..orchestrator.idempotency.v1.ClaimOutcome.AwayH\x00R\x04\x61way\x1a \n\x08\x41\x63quired\x12\x14\n\x05\x65poch\x18\x01 \x01(\rR\x05\x65poch\x1a \n\x08Takeover\x12\x14\n\x05\x65poch\x18\x01 \x01(\rR\x05\x65poch\x1aN\n\x06Replay\x12\x12\n\x04\x63ode\x18\x01 \x01(\x05R\x04\x63ode\x12\x16\n\x06\x61nswer\x18\x02 \x01(\x0cR\x06\x61nswer\x12\x18\n\x07\x64urable\x18\x03 \x01(\x08R\x07\x64urable\x1a\x32\n\x04\x42usy\x12*\n\x11lease_left_millis\x18\x01 \x01(\rR\x0fleaseLeftMillis\x1a$\n\x08Mismatch\x12\x18\n\x07\x64urable\x18\x01 \x01(\x08R\x07\x64urable\x1a\x06\n\x04\x41wayB\t\n\x07outcome\"\xed\x01\n\x0c\x43ompleteItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12L\n\x0c\x66ingerprints\x18\x02 \x03(\x0b\x32(.orchestrator.idempotency.v1.FingerprintR\x0c\x66ingerprints\x12\x14\n\x05nonce\x18\x03 \x01(\x0cR\x05nonce\x12\x12\n\x04\x63ode\x18\x04 \x01(\x05R\x04\x63ode\x12\x16\n\x06\x61nswer\x18\x05 \x01(\x0cR\x06\x61nswer\x12\x1d\n\nttl_millis\x18\x06 \x01(\x04R\tttlMillis\x12\x18\n\x07\x64urable\x18\x07 \x01(\x08R\x07\x64urable\"\xf9\x01\n\x0f\x43ompleteOutcome\x12K\n\x06result\x18\x01 \x01(\x0e\x32\x33.orchestrator.idempotency.v1.CompleteOutcome.ResultR\x06result\"\x98\x01\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x14\n\x10RESULT_COMPLETED\x10\x01\x12\x13\n\x0fRESULT_RESTORED\x10\x02\x12\x12\n\x0eRESULT_ALREADY\x10\x03\x12\x11\n\rRESULT_FENCED\x10\x04\x12\x13\n\x0fRESULT_MISMATCH\x10\x05\x12\x0f\n\x0bRESULT_AWAY\x10\x06\"9\n\x0bReleaseItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12\x14\n\x05nonce\x18\x02 \x01(\x0cR\x05nonce\"\xdf\x01\n\x0eReleaseOutcome\x12J\n\x06result\x18\x01 \x01(\x0e\x32\x32.orchestrator.idempotency.v1.ReleaseOutcome.ResultR\x06result\"\x80\x01\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x13\n\x0fRESULT_RELEASED\x10\x01\x12\x11\n\rRESULT_ABSENT\x10\x02\x12\x11\n\rRESULT_FENCED\x10\x03\x12\x12\n\x0eRESULT_ALREADY\x10\x04\x12\x0f\n\x0bRESULT_AWAY\x10\x05\"9\n\x0b\x46ingerprint\x12\x12\n\x04kind\x18\x01 \x01(\rR\x04kind\x12\x16\n\x06\x64igest\x18\x02 \x01(\x0cR\x06\x64igest2\xaf\x03\n\x12IdempotencyService\x12\x81\x01\n\x05\x43laim\x12).orchestrator.idempotency.v1.ClaimRequest\x1a*.orchestrator.idempotency.v1.ClaimResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x8a\x01\n\x08\x43omplete\x12,.orchestrator.idempotency.v1.CompleteRequest\x1a-.orchestrator.idempotency.v1.CompleteResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x87\x01\n\x07Release\x12+.orchestrator.idempotency.v1.ReleaseRequest\x1a,.orchestrator.idempotency.v1.ReleaseResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,31 +53,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLAIMITEM']._serialized_start=644
   _globals['_CLAIMITEM']._serialized_end=843
   _globals['_CLAIMOUTCOME']._serialized_start=846
-  _globals['_CLAIMOUTCOME']._serialized_end=1501
-  _globals['_CLAIMOUTCOME_ACQUIRED']._serialized_start=1254
-  _globals['_CLAIMOUTCOME_ACQUIRED']._serialized_end=1286
-  _globals['_CLAIMOUTCOME_TAKEOVER']._serialized_start=1288
-  _globals['_CLAIMOUTCOME_TAKEOVER']._serialized_end=1320
-  _globals['_CLAIMOUTCOME_REPLAY']._serialized_start=1322
-  _globals['_CLAIMOUTCOME_REPLAY']._serialized_end=1400
-  _globals['_CLAIMOUTCOME_BUSY']._serialized_start=1402
-  _globals['_CLAIMOUTCOME_BUSY']._serialized_end=1452
-  _globals['_CLAIMOUTCOME_MISMATCH']._serialized_start=1454
-  _globals['_CLAIMOUTCOME_MISMATCH']._serialized_end=1490
-  _globals['_COMPLETEITEM']._serialized_start=1504
-  _globals['_COMPLETEITEM']._serialized_end=1741
-  _globals['_COMPLETEOUTCOME']._serialized_start=1744
-  _globals['_COMPLETEOUTCOME']._serialized_end=1976
-  _globals['_COMPLETEOUTCOME_RESULT']._serialized_start=1841
-  _globals['_COMPLETEOUTCOME_RESULT']._serialized_end=1976
-  _globals['_RELEASEITEM']._serialized_start=1978
-  _globals['_RELEASEITEM']._serialized_end=2035
-  _globals['_RELEASEOUTCOME']._serialized_start=2038
-  _globals['_RELEASEOUTCOME']._serialized_end=2243
-  _globals['_RELEASEOUTCOME_RESULT']._serialized_start=2132
-  _globals['_RELEASEOUTCOME_RESULT']._serialized_end=2243
-  _globals['_FINGERPRINT']._serialized_start=2245
-  _globals['_FINGERPRINT']._serialized_end=2302
-  _globals['_IDEMPOTENCYSERVICE']._serialized_start=2305
-  _globals['_IDEMPOTENCYSERVICE']._serialized_end=2736
+  _globals['_CLAIMOUTCOME']._serialized_end=1579
+  _globals['_CLAIMOUTCOME_ACQUIRED']._serialized_start=1324
+  _globals['_CLAIMOUTCOME_ACQUIRED']._serialized_end=1356
+  _globals['_CLAIMOUTCOME_TAKEOVER']._serialized_start=1358
+  _globals['_CLAIMOUTCOME_TAKEOVER']._serialized_end=1390
+  _globals['_CLAIMOUTCOME_REPLAY']._serialized_start=1392
+  _globals['_CLAIMOUTCOME_REPLAY']._serialized_end=1470
+  _globals['_CLAIMOUTCOME_BUSY']._serialized_start=1472
+  _globals['_CLAIMOUTCOME_BUSY']._serialized_end=1522
+  _globals['_CLAIMOUTCOME_MISMATCH']._serialized_start=1524
+  _globals['_CLAIMOUTCOME_MISMATCH']._serialized_end=1560
+  _globals['_CLAIMOUTCOME_AWAY']._serialized_start=1562
+  _globals['_CLAIMOUTCOME_AWAY']._serialized_end=1568
+  _globals['_COMPLETEITEM']._serialized_start=1582
+  _globals['_COMPLETEITEM']._serialized_end=1819
+  _globals['_COMPLETEOUTCOME']._serialized_start=1822
+  _globals['_COMPLETEOUTCOME']._serialized_end=2071
+  _globals['_COMPLETEOUTCOME_RESULT']._serialized_start=1919
+  _globals['_COMPLETEOUTCOME_RESULT']._serialized_end=2071
+  _globals['_RELEASEITEM']._serialized_start=2073
+  _globals['_RELEASEITEM']._serialized_end=2130
+  _globals['_RELEASEOUTCOME']._serialized_start=2133
+  _globals['_RELEASEOUTCOME']._serialized_end=2356
+  _globals['_RELEASEOUTCOME_RESULT']._serialized_start=2228
+  _globals['_RELEASEOUTCOME_RESULT']._serialized_end=2356
+  _globals['_FINGERPRINT']._serialized_start=2358
+  _globals['_FINGERPRINT']._serialized_end=2415
+  _globals['_IDEMPOTENCYSERVICE']._serialized_start=2418
+  _globals['_IDEMPOTENCYSERVICE']._serialized_end=2849
 # @@protoc_insertion_point(module_scope)
