@@ -128,7 +128,7 @@ class Idempotency:
         )
 
     async def claim(self, items: Sequence[pb.ClaimItem]) -> Sequence[pb.ClaimOutcome | None]:
-        """What idempotency_svc says of each scope; None when it is away: then any of the claims may have arrived."""
+        """What idempotency_svc says of each scope; None when it or the record is away: the claim may have arrived."""
         if not self.up:
             return [None] * len(items)
         assert self._stub is not None
@@ -138,9 +138,12 @@ class Idempotency:
             self._failed(error)
             CLAIMS["away"].inc(len(items))
             return [None] * len(items)
-        for kind, count in Counted(outcome.WhichOneof("outcome") for outcome in response.outcomes).items():
-            CLAIMS[kind or "away"].inc(count)
-        return response.outcomes
+        kinds = [outcome.WhichOneof("outcome") or "away" for outcome in response.outcomes]
+        for kind, count in Counted(kinds).items():
+            CLAIMS[kind].inc(count)
+        if "away" not in kinds:
+            return response.outcomes
+        return [None if kind == "away" else outcome for kind, outcome in zip(kinds, response.outcomes, strict=True)]
 
     def complete(
         self, scope: bytes, nonce: bytes, *, fingerprints: bytes, code: int, answer: bytes, ttl: float, timeline: int

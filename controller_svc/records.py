@@ -40,7 +40,7 @@ class Records:
         record = outcome.record
         in_progress = record.state == pb.GetOutcome.Record.STATE_IN_PROGRESS
         return RecordFacts(
-            state=_STATES[record.state],
+            state=_STATES.get(record.state, RecordState.UNKNOWN),
             ttl_left=timedelta(milliseconds=record.ttl_left_millis),
             lease_left=timedelta(milliseconds=record.lease_left_millis) if in_progress else None,
             epoch=record.epoch,
@@ -54,7 +54,10 @@ class Records:
     async def release_whoever(self, scope: bytes) -> bool:
         """Ends the ownership of a record in progress."""
         response = await self._ask("Release", pb.ReleaseRequest(items=[pb.ReleaseItem(scope=scope, forced=True)]))
-        return bool(response.outcomes[0].result == pb.ReleaseOutcome.RESULT_RELEASED)
+        result = response.outcomes[0].result
+        if result == pb.ReleaseOutcome.RESULT_AWAY:
+            raise _unavailable()
+        return bool(result == pb.ReleaseOutcome.RESULT_RELEASED)
 
     async def _ask(self, method: str, request: pb.GetRequest | pb.ReleaseRequest) -> Any:
         error = None
@@ -63,8 +66,12 @@ class Records:
                 return await getattr(self._stub, method)(request, timeout=SECONDS)
             except grpc.aio.AioRpcError as failure:
                 error = failure
-        raise Unavailable(
-            "IDEMPOTENCY_UNAVAILABLE",
-            "The idempotency service cannot be reached, or is switched off; its record may exist.",
-            retry_after=1.0,
-        ) from error
+        raise _unavailable() from error
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable(
+        "IDEMPOTENCY_UNAVAILABLE",
+        "The idempotency service cannot be reached, or is switched off; its record may exist.",
+        retry_after=1.0,
+    )

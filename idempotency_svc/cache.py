@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from prometheus_client import Counter
 
-from idempotency_svc.link import Link, Script
+from idempotency_svc.link import Link
+from idempotency_svc.server import Script
+from svckit.errors import Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -144,6 +146,11 @@ class Mismatch:
     durable: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Away:
+    """The record cannot be reached, or was not in time; the item may have been treated."""
+
+
 class ExtendItem(NamedTuple):
     """Asks for more time with a key."""
 
@@ -152,7 +159,8 @@ class ExtendItem(NamedTuple):
     lease_millis: int
 
 
-ClaimOutcome = Acquired | Takeover | Replay | Busy | Mismatch
+AWAY = Away()
+ClaimOutcome = Acquired | Takeover | Replay | Busy | Mismatch | Away
 
 
 class Completed(enum.Enum):
@@ -163,6 +171,7 @@ class Completed(enum.Enum):
     ALREADY = 3
     FENCED = 4
     MISMATCH = 5
+    AWAY = 6
 
 
 class Released(enum.Enum):
@@ -172,6 +181,7 @@ class Released(enum.Enum):
     ABSENT = 2
     FENCED = 3
     ALREADY = 4
+    AWAY = 5
 
 
 class Extended(enum.Enum):
@@ -181,6 +191,7 @@ class Extended(enum.Enum):
     ABSENT = 2
     FENCED = 3
     ALREADY = 4
+    AWAY = 5
 
 
 class Cache(Protocol):
@@ -188,8 +199,8 @@ class Cache(Protocol):
 
     Each method takes 1 to 256 items of valid sizes, treats them in order, one after another, each atomically, and
     answers item by item. Every step may be repeated with the same items, as after an answer that was lost. Times are
-    this store's own. All raise Unavailable (REDIS_UNAVAILABLE) when the store cannot be reached or must not be
-    trusted; then any of the items may have been treated.
+    this store's own. An item whose record is out of reach, or not in time, is answered AWAY; all methods raise
+    Unavailable (REDIS_UNAVAILABLE) when no record can be reached or trusted. Either may have been treated.
 
     A record is absent, in progress (an owner, its lease, a time to live), released, or completed (an answer, durable
     or not). What cannot be read as a record is absent.
@@ -237,7 +248,10 @@ class Cache(Protocol):
         ...
 
     async def get(self, items: Sequence[GetItem]) -> list[Record | None]:
-        """Must answer what is kept of each key, None for an absent record, and change nothing."""
+        """Must answer what is kept of each key, None for an absent record, and change nothing.
+
+        Raises Unavailable if even one of the records is out of reach.
+        """
         ...
 
 
@@ -265,7 +279,7 @@ class RedisCache:
     """Cache on Redis. `url`, `timeout` and `on_ready` are those of its Link."""
 
     def __init__(
-        self, url: str, *, timeout: float = 0.25, on_ready: Callable[[bool], Awaitable[None]] | None = None
+        self, url: str, *, timeout: float = 0.04, on_ready: Callable[[bool], Awaitable[None]] | None = None
     ) -> None:
         self._claim, self._complete, self._release = Script("claim"), Script("complete"), Script("release")
         self._extend, self._get = Script("extend"), Script("get")
@@ -289,13 +303,13 @@ class RedisCache:
         """As Cache.claim."""
         packed = []
         for _, fingerprints, nonce, lease_millis, ttl_millis in items:
-            packed.append(_CLAIM.pack(lease_millis, ttl_millis, nonce, len(fingerprints)))
-            packed += [b"%c%b" % fingerprint for fingerprint in fingerprints]
-        reply = await self._run(self._claim, items, b"".join(packed), b"%d" % _LARGEST_REPLY)
+            head = _CLAIM.pack(lease_millis, ttl_millis, nonce, len(fingerprints))
+            packed.append(b"".join([head, *[b"%c%b" % fingerprint for fingerprint in fingerprints]]))
+        places, reply = await self._run(self._claim, items, packed, b"%d" % _LARGEST_REPLY)
         outcomes: list[ClaimOutcome] = []
         counts = [0] * len(_CLAIM_OUTCOMES)
         unreadable = at = 0
-        for _ in items:
+        for _ in places:
             kind, number = _OUTCOME.unpack_from(reply, at)
             at += _OUTCOME.size
             if kind & _UNREADABLE_BIT:
@@ -321,7 +335,7 @@ class RedisCache:
                 _OUTCOMES.labels("claim", _CLAIM_OUTCOMES[kind]).inc(count)
         if unreadable:
             _UNREADABLE.inc(unreadable)
-        return outcomes
+        return _within_limit(_in_place("claim", outcomes, places, len(items), AWAY))
 
     async def complete(self, items: Sequence[CompleteItem]) -> list[Completed]:
         """As Cache.complete."""
@@ -329,33 +343,33 @@ class RedisCache:
         for item in items:
             flags, tail = _flags_and_tail(item)
             kinds = len(item.fingerprints)
-            packed.append(_COMPLETE.pack(item.nonce, item.ttl_millis, flags, item.code, kinds, len(tail)))
-            packed += [b"%c%b" % fingerprint for fingerprint in item.fingerprints]
-            packed.append(tail)
-        reply = await self._run(self._complete, items, b"".join(packed))
-        return _results("complete", Completed, reply)
+            head = _COMPLETE.pack(item.nonce, item.ttl_millis, flags, item.code, kinds, len(tail))
+            packed.append(b"".join([head, *[b"%c%b" % fingerprint for fingerprint in item.fingerprints], tail]))
+        places, reply = await self._run(self._complete, items, packed)
+        return _in_place("complete", _results("complete", Completed, reply), places, len(items), Completed.AWAY)
 
     async def release(self, items: Sequence[ReleaseItem]) -> list[Released]:
         """As Cache.release."""
         packed = [_RELEASE.pack(item.nonce, item.forced) for item in items]
-        reply = await self._run(self._release, items, b"".join(packed))
-        return _results("release", Released, reply)
+        places, reply = await self._run(self._release, items, packed)
+        return _in_place("release", _results("release", Released, reply), places, len(items), Released.AWAY)
 
     async def extend(self, items: Sequence[ExtendItem]) -> list[Extended]:
         """As Cache.extend."""
         packed = [_EXTEND.pack(item.nonce, item.lease_millis) for item in items]
-        reply = await self._run(self._extend, items, b"".join(packed))
-        return _results("extend", Extended, reply)
+        places, reply = await self._run(self._extend, items, packed)
+        return _in_place("extend", _results("extend", Extended, reply), places, len(items), Extended.AWAY)
 
     async def get(self, items: Sequence[GetItem]) -> list[Record | None]:
         """As Cache.get."""
-        reply = await self._run(self._get, items)
-        records: list[Record | None] = []
+        places, reply = await self._run(self._get, items, [b""] * len(items))
+        if len(places) < len(items):
+            raise Unavailable("REDIS_UNAVAILABLE", "Redis is not available: away.", metadata={"cause": "away"})
+        records: list[Record | None] = [None] * len(items)
         at = 0
-        for _ in items:
+        for place in places:
             if reply[at] in (0, _UNREADABLE_BIT):
                 _UNREADABLE.inc(reply[at] // _UNREADABLE_BIT)
-                records.append(None)
                 at += 1
                 continue
             state, flags, code, epoch, lease, ttl, timeline, size, count = _RECORD.unpack_from(reply, at)
@@ -363,12 +377,14 @@ class RedisCache:
             kinds = tuple(reply[at : at + count])
             at += count
             durable, omitted = flags & _FLAG_DURABLE != 0, flags & _FLAG_OMITTED != 0
-            records.append(Record(State(state), epoch, lease, ttl, code, durable, timeline, omitted, size, kinds))
+            records[place] = Record(State(state), epoch, lease, ttl, code, durable, timeline, omitted, size, kinds)
         return records
 
-    async def _run(self, script: Script, items: Sequence[_Item], *arguments: bytes) -> bytes:
-        """One call of a script with the items' keys; a reply, or Unavailable."""
-        return await self._link.run(script, [_key(item.scope) for item in items], *arguments)
+    async def _run(
+        self, script: Script, items: Sequence[_Item], packed: Sequence[bytes], *arguments: bytes
+    ) -> tuple[Sequence[int], bytes]:
+        """As Link.run, with the items' keys."""
+        return await self._link.run(script, [_key(item.scope) for item in items], packed, *arguments)
 
 
 def _key(scope: bytes) -> bytes:
@@ -378,6 +394,31 @@ def _key(scope: bytes) -> bytes:
 
 _Item = ClaimItem | CompleteItem | ReleaseItem | ExtendItem | GetItem
 _Result = TypeVar("_Result", Completed, Released, Extended)
+_Outcome = TypeVar("_Outcome", ClaimOutcome, Completed, Released, Extended)
+
+
+def _in_place(step: str, outcomes: list[_Outcome], places: Sequence[int], count: int, away: _Outcome) -> list[_Outcome]:
+    """The outcomes, which are in the order of `places`, in that of the `count` items; `away` where there is none."""
+    if places == range(count):
+        return outcomes
+    if missing := count - len(places):
+        _OUTCOMES.labels(step, "away").inc(missing)
+    placed = [away] * count
+    for place, outcome in zip(places, outcomes, strict=True):
+        placed[place] = outcome
+    return placed
+
+
+def _within_limit(outcomes: list[ClaimOutcome]) -> list[ClaimOutcome]:
+    """As each script call limits its own reply: of a batch, there may have been many."""
+    room = _LARGEST_REPLY
+    for place, outcome in enumerate(outcomes):
+        if isinstance(outcome, Replay):
+            if len(outcome.answer) > room < _LARGEST_REPLY:
+                outcomes[place] = Busy(1)
+            else:
+                room -= len(outcome.answer)
+    return outcomes
 
 
 def _results(step: str, kind: type[_Result], reply: bytes) -> list[_Result]:

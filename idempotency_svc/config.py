@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, FilePath
-from redis.asyncio.connection import ConnectionPool
 
+from idempotency_svc.topology import parse
 from svckit.config import ListenHost, Port, ServiceKeySettings
 from svckit.jwks import StaticKeys
 
 
 def _redis_url(url: str) -> str:
     try:
-        ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"must be a redis://, rediss:// or unix:// URL: {error}") from None
+        parse(url, timeout=1)
+    except ValueError as error:
+        raise ValueError(f"must be a redis://, redis+sentinel:// or redis+cluster:// URL: {error}") from None
     return url
 
 
@@ -39,10 +39,17 @@ class IdempotencySettings(ServiceKeySettings):
     redis_url: Annotated[str, AfterValidator(_redis_url)] = Field(
         min_length=1,
         repr=False,
-        description="redis://, rediss:// or unix:// URL of a Redis 7.0+ or Valkey, noeviction.",
+        description="Redis 7.0+ or Valkey, noeviction. One server: redis://[user:password@]host[:port][/db], or "
+        "unix://. Sentinel: redis+sentinel://[user:password@]host[:port][,host[:port]…]/service[/db], with options "
+        "sentinel_username and sentinel_password. Cluster: redis+cluster://[user:password@]host[:port][,host[:port]…]. "
+        "With rediss in place of redis: TLS.",
     )
     redis_timeout_millis: int = Field(
-        default=250, ge=10, le=10_000, description="Time for one exchange with Redis; after it, Redis counts as away."
+        default=40,
+        ge=10,
+        le=10_000,
+        description="Longest that a call waits for Redis; then Postgres decides. A server of Redis that is silent for "
+        "five times as long counts as away.",
     )
     service_public_key_file: Annotated[FilePath, AfterValidator(_public_keys)] = Field(
         description="PEM public keys of the controller, which alone may call; two of them for a rotation."

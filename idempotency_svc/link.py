@@ -1,80 +1,46 @@
-"""The way to Redis: connections, whether it is to be used, and scripts run over keys."""
+"""The way to Redis: a batch's keys sorted to the servers that have them, and their answers brought together."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter, defaultdict
 from contextlib import suppress
-from hashlib import sha1
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import structlog
-from prometheus_client import Counter, Gauge, Histogram
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import AuthenticationError, BusyLoadingError, NoScriptError, RedisError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from prometheus_client import Gauge
+from redis.crc import key_slot
+from redis.exceptions import AskError, MovedError, ReadOnlyError
 
+from idempotency_svc.server import DEFECT, ERRORS, PATIENCE, Address, Call, Server, ServerAway, cause_of
+from idempotency_svc.topology import SLOTS, parse
 from svckit.errors import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+
+    from idempotency_svc.server import Script
+    from idempotency_svc.topology import Span
 
 _log = structlog.get_logger(__name__)
 
-_ERRORS = Counter("orchestrator_redis_errors", "Failed calls and probes of Redis by cause.", ["cause"])
-_SECONDS = Histogram(
-    "orchestrator_redis_script_seconds",
-    "Seconds a script call took, as seen from here.",
-    ["step"],
-    buckets=(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
-)
-_UP = Gauge("orchestrator_redis_up", "1 while Redis answers, takes writes and evicts nothing.")
+_UP = Gauge("orchestrator_redis_up", "1 while every primary of Redis answers, takes writes and evicts nothing.")
+_PRIMARIES = Gauge("orchestrator_redis_primaries", "Primaries of Redis by whether they are in use.", ["state"])
+_SLOTS_AWAY = Gauge("orchestrator_redis_slots_away", "Slots (of 16384) whose keys have no primary that is in use.")
 _EVICTED = Gauge("orchestrator_redis_evicted_keys", "Keys that Redis evicted since its start; anything but 0 is wrong.")
 
-_PROBE_UP_SECONDS = 1.0
-_PROBE_DOWN_SECONDS = 0.2
-_PROBE_KEY = "idem:probe"
-_CONNECTIONS = 32
-
-# By the first word of an error. Any other is a defect in the call, not a state of Redis, and fails that call alone.
-_CAUSES = {
-    "ASK": "moved",
-    "BUSY": "busy",
-    "CLUSTERDOWN": "clusterdown",
-    "LOADING": "loading",
-    "MASTERDOWN": "masterdown",
-    "MISCONF": "misconf",
-    "MOVED": "moved",
-    "NOAUTH": "auth",
-    "NOPERM": "auth",
-    "NOREPLICAS": "noreplicas",
-    "NOSCRIPT": "noscript",
-    "OOM": "oom",
-    "READONLY": "readonly",
-    "TRYAGAIN": "clusterdown",
-    "WRONGPASS": "auth",
-}
-_DEFECT = "defect"
-
-
-class Script:
-    """One step: its Lua text, its hash, and how long it takes."""
-
-    def __init__(self, step: str) -> None:
-        folder = Path(__file__).parent
-        self.text = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("record.lua", f"{step}.lua"))
-        self.sha = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-        self.seconds = _SECONDS.labels(step)
+_REFRESH_SECONDS = 1.0
+_REFRESH_AWAY_SECONDS = 0.2
+_UNCOVERED = "uncovered"
 
 
 class Link:
-    """The way to one Redis (7.0 or later, or Valkey), named by a redis://, rediss:// or unix:// URL.
+    """The way to the Redis that `url` names, as topology.parse says: one server, Sentinel's master, or a cluster.
 
-    Redis is away when it cannot be reached, refuses writes, or may evict records. Calls then fail at once, without
-    asking it, until a probe finds it back, which has loaded `scripts` there. `on_ready` is told when that changes;
-    before `start` it is away. `timeout`: seconds for one exchange with Redis, connecting included.
+    It is ready while at least one primary is in use. `on_ready` is told when that changes; before `start` it is not.
+    `timeout`: seconds in which a call is answered, whatever Redis does; a server that is silent for PATIENCE times as
+    long is away.
     """
 
     def __init__(
@@ -85,189 +51,239 @@ class Link:
         timeout: float,
         on_ready: Callable[[bool], Awaitable[None]] | None,
     ) -> None:
-        # The pool is only asked to make connections: lending them would cost it more than an exchange costs us.
-        self._factory = ConnectionPool.from_url(
-            url, protocol=2, socket_timeout=None, socket_connect_timeout=timeout, driver_info=None
-        )
+        self._topology = parse(url, timeout=PATIENCE * timeout)
+        self._scripts = scripts
         self._timeout = timeout
         self._on_ready = on_ready
-        self._idle: list[AbstractConnection] = []
-        self._slots = asyncio.Semaphore(_CONNECTIONS)
-        self._away: str | None = "starting"
+        self._servers: dict[Address, Server] = {}
+        self._slots: list[Server | None] = [None] * SLOTS
+        self._lost: str | None = None
+        self._ready = False
+        self._whole = False
         self._told = False
-        self._look = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._refreshing: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._policy_hidden = False
-        self._scripts = scripts
 
     @property
     def ready(self) -> bool:
-        """Whether calls are passed on to Redis."""
-        return self._away is None
+        """Whether calls are passed on to any server."""
+        return self._ready
 
     async def start(self) -> None:
         """Looks for Redis once, then goes on looking in the background. Never raises for its state."""
-        await self._probe()
-        self._watcher = asyncio.create_task(self._watch(), name="redis probe")
+        await self._refresh()
+        await asyncio.gather(*(server.known() for server in self._servers.values()))
+        await self._tell()
+        self._watcher = asyncio.create_task(self._watch(), name="redis topology")
 
     async def stop(self) -> None:
-        """Ends the probe and closes all connections that no call is using. Calls made later fail."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watcher
-        self._away = "stopped"
-        await self._close_idle()
+        """Ends that and closes all connections that no call is using. Calls made later fail."""
+        for task in (self._watcher, self._refreshing):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+        for server in self._servers.values():
+            await server.stop()
+        await self._topology.close()
+        self._see()
 
-    async def run(self, script: Script, keys: Sequence[bytes], *arguments: bytes) -> bytes:
-        """The reply of a script; raises Unavailable (REDIS_UNAVAILABLE) when there is none."""
-        async with self._slots:
-            if self._away is not None:
-                raise _unavailable(self._away)
-            started = time.perf_counter()
-            try:
-                async with asyncio.timeout(self._timeout):
-                    reply = await self._evaluate(script, b"%d" % len(keys), *keys, *arguments)
-            except (RedisError, OSError) as error:
-                cause = _cause(error)
-                _ERRORS.labels(cause).inc()
-                if cause == _DEFECT:
-                    _log.error("redis_call_failed", error=str(error))
-                else:
-                    self._set_away(cause, str(error))
-                    self._look.set()
-                raise _unavailable(cause) from error
-            script.seconds.observe(time.perf_counter() - started)
-            return reply
+    async def run(
+        self, script: Script, keys: Sequence[bytes], items: Sequence[bytes], *arguments: bytes
+    ) -> tuple[Sequence[int], bytes]:
+        """Runs a script over keys, with their items, joined, and `arguments` as its arguments.
 
-    def _connection(self) -> AbstractConnection:
-        """A new one; its first command connects it."""
-        return cast("AbstractConnection", self._factory.make_connection())  # type: ignore[no-untyped-call]
-
-    async def _evaluate(self, script: Script, *arguments: bytes) -> bytes:
-        fresh = not self._idle
-        connection = self._connection() if fresh else self._idle.pop()
-        try:
-            return await self._exchange(connection, script, arguments)
-        except RedisConnectionError:
-            if fresh:
-                raise
-        # Redis may have restarted since this connection was last used. Every step may be repeated.
-        await self._close_idle()
-        return await self._exchange(self._connection(), script, arguments)
-
-    async def _exchange(self, connection: AbstractConnection, script: Script, arguments: Sequence[bytes]) -> bytes:
-        """The script's reply. The connection is kept for the next call if it can serve one."""
-        try:
-            try:
-                reply = await _ask(connection, "EVALSHA", script.sha, *arguments)
-            except NoScriptError:
-                _ERRORS.labels("noscript").inc()
-                await _ask(connection, "SCRIPT", "LOAD", script.text)
-                reply = await _ask(connection, "EVALSHA", script.sha, *arguments)
-        except ResponseError:
-            await self._keep(connection)
-            raise
-        except BaseException:
-            # Nobody knows what would be read from it next.
-            await connection.disconnect(nowait=True)
-            raise
-        await self._keep(connection)
-        return cast("bytes", reply)
-
-    async def _keep(self, connection: AbstractConnection) -> None:
-        if self.ready:
-            self._idle.append(connection)
+        On one server in one call; on a cluster in one for each key, all of a server in one write. Answers the places
+        of the keys that were treated, in the order of their replies, and these, joined. The others have no server in
+        use, or one that was not in time: they may have been treated. Raises Unavailable (REDIS_UNAVAILABLE) when no
+        server is in use, or when the call itself is at fault.
+        """
+        if not self._ready:
+            raise self._unavailable()
+        started = time.perf_counter()
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        if self._topology.sharded:
+            calls = self._sharded(script, keys, items, arguments)
         else:
-            await connection.disconnect(nowait=True)
+            calls = [Call(script, 0, range(len(keys)), keys, b"".join(items), *arguments)]
+        await self._ask(calls, deadline)
+        if elsewhere := [call for call in calls if isinstance(call.error, AskError)]:
+            await self._follow(elsewhere, deadline)
+        if readonly := [call for call in calls if isinstance(call.error, ReadOnlyError)]:
+            await self._ask_new_primary(readonly, deadline)
+        script.seconds.observe(time.perf_counter() - started)
+        if len(calls) == 1 and calls[0].reply is not None:
+            return calls[0].places, calls[0].reply
+        places: list[int] = []
+        replies: list[bytes] = []
+        for call in calls:
+            if call.reply is not None:
+                places += call.places
+                replies.append(call.reply)
+            elif call.error is not None:
+                cause = cause_of(call.error)
+                if not self._ready or cause == DEFECT:
+                    raise _unavailable(cause) from call.error
+        return places, b"".join(replies)
+
+    def _sharded(
+        self, script: Script, keys: Sequence[bytes], items: Sequence[bytes], arguments: Sequence[bytes]
+    ) -> list[Call]:
+        """A call for each key, not for each slot: a slot on its way to another server has keys on both."""
+        by_key: defaultdict[bytes, list[int]] = defaultdict(list)
+        for place, key in enumerate(keys):
+            by_key[key].append(place)
+        return [
+            Call(
+                script,
+                key_slot(key),
+                places,
+                [key] * len(places),
+                b"".join([items[place] for place in places]),
+                *arguments,
+            )
+            for key, places in by_key.items()
+        ]
+
+    async def _ask(self, calls: Sequence[Call], deadline: float) -> None:
+        """Has each call answered by the server of its slot; the servers work side by side."""
+        by_server: defaultdict[Server, list[Call]] = defaultdict(list)
+        for call in calls:
+            server = self._slots[call.slot]
+            if server is not None:
+                by_server[server].append(call)
+            else:
+                ERRORS.labels(_UNCOVERED).inc()
+                call.error = ServerAway(_UNCOVERED)
+        await _side_by_side([server.run(its, deadline) for server, its in by_server.items()])
+
+    async def _follow(self, calls: Sequence[Call], deadline: float) -> None:
+        """Makes calls again, once, at the servers that have their keys according to those that were asked."""
+        by_server: defaultdict[tuple[Server, bool], list[Call]] = defaultdict(list)
+        for call in calls:
+            error, asked = call.error, self._slots[call.slot]
+            assert isinstance(error, AskError) and asked is not None
+            # A server that does not know the host means its own.
+            server = self._server(Address(error.host or asked.address.host, error.port))
+            moved = isinstance(error, MovedError)
+            if moved:
+                self._slots[call.slot] = server
+                self._changed.set()
+            by_server[server, moved].append(call)
+        await _side_by_side([server.run(its, deadline, asking=not moved) for (server, moved), its in by_server.items()])
+
+    async def _ask_new_primary(self, calls: Sequence[Call], deadline: float) -> None:
+        """Makes calls again, once, after a server has said that it is a replica; without another it is away."""
+        [asked] = {self._slots[call.slot] for call in calls}
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                await self._refresh()
+        if self._slots[calls[0].slot] is not asked:
+            await self._ask(calls, deadline)
+        elif asked is not None:
+            asked.set_away("readonly", str(calls[0].error))
+
+    def _server(self, address: Address) -> Server:
+        """The server there; one that is new is looked at before it is used."""
+        server = self._servers.get(address)
+        if server is None:
+            server = self._servers[address] = Server(
+                address,
+                self._scripts,
+                connect=lambda: self._topology.connection(address),
+                in_cluster=self._topology.sharded,
+                timeout=self._timeout,
+                changed=self._see,
+            )
+            server.start()
+        return server
 
     async def _watch(self) -> None:
         """Nothing but cancellation ends this loop."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(_PROBE_UP_SECONDS if self.ready else _PROBE_DOWN_SECONDS):
-                    await self._look.wait()
-            self._look.clear()
-            await self._probe()
+                async with asyncio.timeout(_REFRESH_SECONDS if self._whole else _REFRESH_AWAY_SECONDS):
+                    await self._changed.wait()
+            self._changed.clear()
+            await self._tell()
+            await self._refresh()
+            await self._tell()
 
-    async def _probe(self) -> None:
-        """Finds out whether Redis is to be used, and says so if that has changed."""
-        connection = self._connection()
+    async def _refresh(self) -> None:
+        """Finds out who the primaries are, one search at a time: who comes during one has its result."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._find(), name="redis search")
+        await asyncio.shield(self._refreshing)
+
+    async def _find(self) -> None:
         try:
-            async with asyncio.timeout(self._timeout):
-                # A write, because a Redis that only answers reads is of no use: OOM, READONLY, MISCONF show here.
-                await _ask(connection, "SET", _PROBE_KEY, "1", "PX", 1000)
-                policy = await self._look_at_evictions(connection)
-                if not self.ready:
-                    for script in self._scripts:
-                        await _ask(connection, "SCRIPT", "LOAD", script.text)
+            spans = await self._topology.find()
         except Exception as error:
-            cause = _cause(error)
-            _ERRORS.labels(cause).inc()
-            self._set_away(cause, repr(error))
+            cause = cause_of(error)
+            ERRORS.labels(cause).inc()
+            if cause != self._lost:
+                self._lost = cause
+                _log.warning("redis_not_found", cause=cause, detail=repr(error))
         else:
-            if policy != "noeviction":
-                self._set_away("eviction", f"maxmemory-policy is {policy}, it must be noeviction")
-            elif not self.ready:
-                await self._close_idle()
-                self._set_ready()
-        finally:
-            await connection.disconnect(nowait=True)
-        if not self.ready:
-            await self._close_idle()
-        if self._told != self.ready:
-            self._told = self.ready
+            self._lost = None
+            await self._take(spans)
+        self._see()
+
+    async def _take(self, spans: Sequence[Span]) -> None:
+        """Uses these primaries from now on, and no others."""
+        primaries = {span.primary for span in spans}
+        gone = self._servers.keys() - primaries
+        if self._servers and (gone or primaries - self._servers.keys()):
+            _log.info("redis_primaries", servers=sorted(map(str, primaries)))
+        slots: list[Server | None] = [None] * SLOTS
+        for first, last, primary in spans:
+            slots[first : last + 1] = [self._server(primary)] * (last + 1 - first)
+        self._slots = slots
+        for address in gone:
+            await self._servers.pop(address).stop()
+        for server in self._servers.values():
+            if server.probe_key is None or (self._topology.sharded and slots[key_slot(server.probe_key)] is not server):
+                server.probe_key = self._probe_key(server)
+
+    def _probe_key(self, server: Server) -> bytes | None:
+        """A key that the server has, None if it has so few slots that this would take long to find."""
+        if not self._topology.sharded:
+            return b"idem:probe"
+        keys = (b"idem:probe:{%d}" % number for number in range(4096))
+        return next((key for key in keys if self._slots[key_slot(key)] is server), None)
+
+    def _see(self) -> None:
+        """Looks at the servers' states."""
+        self._ready = any(server.cause is None for server in self._servers.values())
+        away = sum(
+            slots for server, slots in Counter(self._slots).items() if server is None or server.cause is not None
+        )
+        if self._whole != (away == 0):
+            self._changed.set()
+        self._whole = away == 0
+        _UP.set(self._whole)
+        _SLOTS_AWAY.set(away)
+        _EVICTED.set(sum(server.evicted for server in self._servers.values()))
+        if self._ready != self._told:
+            self._changed.set()
+
+    async def _tell(self) -> None:
+        if self._told != self._ready:
+            self._told = self._ready
             if self._on_ready is not None:
                 await self._on_ready(self._told)
 
-    async def _look_at_evictions(self, connection: AbstractConnection) -> str:
-        """The eviction policy; noeviction when Redis hides it. From INFO, because hosted servers forbid CONFIG."""
-        try:
-            info: bytes = await _ask(connection, "INFO", "memory", "stats")
-        except ResponseError as error:
-            if not self._policy_hidden:
-                self._policy_hidden = True
-                _log.warning("redis_policy_hidden", error=str(error), advice="make sure of maxmemory-policy noeviction")
-            return "noeviction"
-        facts = dict(line.split(b":", 1) for line in info.split(b"\r\n") if b":" in line)
-        _EVICTED.set(int(facts.get(b"evicted_keys", 0)))
-        return facts.get(b"maxmemory_policy", b"unknown").decode()
-
-    def _set_ready(self) -> None:
-        self._away = None
-        _UP.set(1)
-        _log.info("redis_ready")
-
-    def _set_away(self, cause: str, detail: str) -> None:
-        if cause != self._away:
-            self._away = cause
-            _UP.set(0)
-            _log.warning("redis_away", cause=cause, detail=detail)
-
-    async def _close_idle(self) -> None:
-        while self._idle:
-            await self._idle.pop().disconnect(nowait=True)
+    def _unavailable(self) -> Unavailable:
+        causes = [server.cause for server in self._servers.values() if server.cause is not None]
+        return _unavailable([*causes, self._lost or "starting"][0])
 
 
-async def _ask(connection: AbstractConnection, *command: bytes | str | int) -> Any:
-    """One command and its answer, connecting first if need be. Raises RedisError or OSError."""
-    try:
-        await connection.send_packed_command(connection.pack_command(*command), check_health=False)
-    except RuntimeError as error:  # uvloop, when the other side has reset the connection
-        raise RedisConnectionError(str(error)) from error
-    return await connection.read_response(disable_decoding=True)
-
-
-def _cause(error: Exception) -> str:
-    """A short name for metrics and logs."""
-    if isinstance(error, ResponseError | BusyLoadingError | AuthenticationError):
-        word = getattr(error, "status_code", None) or str(error).partition(" ")[0]
-        return _CAUSES.get(word, _DEFECT)
-    if isinstance(error, RedisTimeoutError | TimeoutError):
-        return "timeout"
-    if isinstance(error, RedisConnectionError | OSError):
-        return "refused" if isinstance(error.__context__, ConnectionRefusedError) else "connection"
-    return _DEFECT
+async def _side_by_side(runs: Sequence[Coroutine[None, None, None]]) -> None:
+    if len(runs) == 1:
+        await runs[0]
+    else:
+        await asyncio.gather(*runs)
 
 
 def _unavailable(cause: str) -> Unavailable:

@@ -171,6 +171,8 @@ def _claim_answer(outcome: cache.ClaimOutcome) -> bytes:
             answer = pb.ClaimOutcome(takeover=pb.ClaimOutcome.Takeover(epoch=epoch))
         case cache.Mismatch(durable):
             answer = pb.ClaimOutcome(mismatch=pb.ClaimOutcome.Mismatch(durable=durable))
+        case cache.Away():
+            answer = pb.ClaimOutcome(away=pb.ClaimOutcome.Away())
     return pb.ClaimResponse(outcomes=[answer]).SerializeToString()
 
 

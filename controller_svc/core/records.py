@@ -17,6 +17,8 @@ class RecordState(StrEnum):
     IN_PROGRESS = "IN_PROGRESS"
     RELEASED = "RELEASED"
     COMPLETED = "COMPLETED"
+    UNKNOWN = "UNKNOWN"
+    """That of a newer idempotency_svc."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

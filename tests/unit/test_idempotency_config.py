@@ -32,7 +32,7 @@ def test_defaults(environment: pytest.MonkeyPatch) -> None:
     settings = load(IdempotencySettings)
     assert (settings.idempotency_host, settings.idempotency_port, settings.metrics_port) == ("127.0.0.1", 8090, 9090)
     assert settings.max_request_bytes == 4 << 20
-    assert settings.redis_timeout_millis == 250
+    assert settings.redis_timeout_millis == 40
     assert (settings.service_issuer, settings.service_audience) == ("controller_svc", "idempotency_svc")
 
 

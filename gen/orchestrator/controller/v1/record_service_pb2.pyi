@@ -84,7 +84,7 @@ class Record(_message.Message):
     class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Record._State.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: Record._State.ValueType  # 0
-        """Not a state: no record has it."""
+        """A state that this server does not know: that of a newer idempotency_svc."""
         STATE_IN_PROGRESS: Record._State.ValueType  # 1
         """A call is at work, and others with its key wait until its lease is over. Accepts `ReleaseRecord`."""
         STATE_RELEASED: Record._State.ValueType  # 2
@@ -96,7 +96,7 @@ class Record(_message.Message):
         """Where a record stands."""
 
     STATE_UNSPECIFIED: Record.State.ValueType  # 0
-    """Not a state: no record has it."""
+    """A state that this server does not know: that of a newer idempotency_svc."""
     STATE_IN_PROGRESS: Record.State.ValueType  # 1
     """A call is at work, and others with its key wait until its lease is over. Accepts `ReleaseRecord`."""
     STATE_RELEASED: Record.State.ValueType  # 2

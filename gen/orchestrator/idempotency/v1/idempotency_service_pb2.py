@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from orchestrator.options.v1 import options_pb2 as orchestrator_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n5orchestrator/idempotency/v1/idempotency_service.proto\x12\x1borchestrator.idempotency.v1\x1a%orchestrator/options/v1/options.proto\"L\n\x0c\x43laimRequest\x12<\n\x05items\x18\x01 \x03(\x0b\x32&.orchestrator.idempotency.v1.ClaimItemR\x05items\"V\n\rClaimResponse\x12\x45\n\x08outcomes\x18\x01 \x03(\x0b\x32).orchestrator.idempotency.v1.ClaimOutcomeR\x08outcomes\"R\n\x0f\x43ompleteRequest\x12?\n\x05items\x18\x01 \x03(\x0b\x32).orchestrator.idempotency.v1.CompleteItemR\x05items\"\\\n\x10\x43ompleteResponse\x12H\n\x08outcomes\x18\x01 \x03(\x0b\x32,.orchestrator.idempotency.v1.CompleteOutcomeR\x08outcomes\"P\n\x0eReleaseRequest\x12>\n\x05items\x18\x01 \x03(\x0b\x32(.orchestrator.idempotency.v1.ReleaseItemR\x05items\"Z\n\x0fReleaseResponse\x12G\n\x08outcomes\x18\x01 \x03(\x0b\x32+.orchestrator.idempotency.v1.ReleaseOutcomeR\x08outcomes\"N\n\rExtendRequest\x12=\n\x05items\x18\x01 \x03(\x0b\x32\'.orchestrator.idempotency.v1.ExtendItemR\x05items\"X\n\x0e\x45xtendResponse\x12\x46\n\x08outcomes\x18\x01 \x03(\x0b\x32*.orchestrator.idempotency.v1.ExtendOutcomeR\x08outcomes\"H\n\nGetRequest\x12:\n\x05items\x18\x01 \x03(\x0b\x32$.orchestrator.idempotency.v1.GetItemR\x05items\"R\n\x0bGetResponse\x12\x43\n\x08outcomes\x18\x01 \x03(\x0b\x32\'.orchestrator.idempotency.v1.GetOutcomeR\x08outcomes\"\xc7\x01\n\tClaimItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12L\n\x0c\x66ingerprints\x18\x02 \x03(\x0b\x32(.orchestrator.idempotency.v1.FingerprintR\x0c\x66ingerprints\x12\x14\n\x05nonce\x18\x03 \x01(\x0cR\x05nonce\x12!\n\x0clease_millis\x18\x04 \x01(\rR\x0bleaseMillis\x12\x1d\n\nttl_millis\x18\x05 \x01(\x04R\tttlMillis\"\xd3\x05\n\x0c\x43laimOutcome\x12P\n\x08\x61\x63quired\x18\x01 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.AcquiredH\x00R\x08\x61\x63quired\x12P\n\x08takeover\x18\x02 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.TakeoverH\x00R\x08takeover\x12J\n\x06replay\x18\x03 \x01(\x0b\x32\x30.orchestrator.idempotency.v1.ClaimOutcome.ReplayH\x00R\x06replay\x12\x44\n\x04\x62usy\x18\x04 \x01(\x0b\x32..orchestrator.idempotency.v1.ClaimOutcome.BusyH\x00R\x04\x62usy\x12P\n\x08mismatch\x18\x05 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.MismatchH\x00R\x08mismatch\x1a \n\x08\x41\x63quired\x12\x14\n\x05\x65poch\x18\x01 \x01(\rR\x05\x65poch\x1a \n\x08Takeover\x12\x14\n\x05\x65poch\x18\x01 \x01(\rR\x05\x65poch\x1a\x91\x01\n\x06Replay\x12\x12\n\x04\x63ode\x18\x01 \x01(\x05R\x04\x63ode\x12\x16\n\x06\x61nswer\x18\x02 \x01(\x0cR\x06\x61nswer\x12\x18\n\x07\x64urable\x18\x03 \x01(\x08R\x07\x64urable\x12\x1a\n\x08timeline\x18\x04 \x01(\rR\x08timeline\x12%\n\x0e\x61nswer_omitted\x18\x05 \x01(\x08R\ranswerOmitted\x1a\x32\n\x04\x42usy\x12*\n\x11lease_left_millis\x18\x01 \x01(\rR\x0fleaseLeftMillis\x1a$\n\x08Mismatch\x12\x18\n\x07\x64urable\x18\x01 \x01(\x08R\x07\x64urableB\t\n\x07outcome\"\xb0\x02\n\x0c\x43ompleteItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12L\n\x0c\x66ingerprints\x18\x02 \x03(\x0b\x32(.orchestrator.idempotency.v1.FingerprintR\x0c\x66ingerprints\x12\x14\n\x05nonce\x18\x03 \x01(\x0cR\x05nonce\x12\x12\n\x04\x63ode\x18\x04 \x01(\x05R\x04\x63ode\x12\x16\n\x06\x61nswer\x18\x05 \x01(\x0cR\x06\x61nswer\x12\x1d\n\nttl_millis\x18\x06 \x01(\x04R\tttlMillis\x12\x18\n\x07\x64urable\x18\x07 \x01(\x08R\x07\x64urable\x12\x1a\n\x08timeline\x18\x08 \x01(\rR\x08timeline\x12%\n\x0e\x61nswer_omitted\x18\t \x01(\x08R\ranswerOmitted\"\xe8\x01\n\x0f\x43ompleteOutcome\x12K\n\x06result\x18\x01 \x01(\x0e\x32\x33.orchestrator.idempotency.v1.CompleteOutcome.ResultR\x06result\"\x87\x01\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x14\n\x10RESULT_COMPLETED\x10\x01\x12\x13\n\x0fRESULT_RESTORED\x10\x02\x12\x12\n\x0eRESULT_ALREADY\x10\x03\x12\x11\n\rRESULT_FENCED\x10\x04\x12\x13\n\x0fRESULT_MISMATCH\x10\x05\"Q\n\x0bReleaseItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12\x14\n\x05nonce\x18\x02 \x01(\x0cR\x05nonce\x12\x16\n\x06\x66orced\x18\x03 \x01(\x08R\x06\x66orced\"\xcd\x01\n\x0eReleaseOutcome\x12J\n\x06result\x18\x01 \x01(\x0e\x32\x32.orchestrator.idempotency.v1.ReleaseOutcome.ResultR\x06result\"o\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x13\n\x0fRESULT_RELEASED\x10\x01\x12\x11\n\rRESULT_ABSENT\x10\x02\x12\x11\n\rRESULT_FENCED\x10\x03\x12\x12\n\x0eRESULT_ALREADY\x10\x04\"\x1f\n\x07GetItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\"\xb6\x04\n\nGetOutcome\x12\x46\n\x06record\x18\x01 \x01(\x0b\x32..orchestrator.idempotency.v1.GetOutcome.RecordR\x06record\x1a\xdf\x03\n\x06Record\x12J\n\x05state\x18\x01 \x01(\x0e\x32\x34.orchestrator.idempotency.v1.GetOutcome.Record.StateR\x05state\x12\x14\n\x05\x65poch\x18\x02 \x01(\rR\x05\x65poch\x12*\n\x11lease_left_millis\x18\x03 \x01(\rR\x0fleaseLeftMillis\x12&\n\x0fttl_left_millis\x18\x04 \x01(\x04R\rttlLeftMillis\x12\x12\n\x04\x63ode\x18\x05 \x01(\x05R\x04\x63ode\x12\x18\n\x07\x64urable\x18\x06 \x01(\x08R\x07\x64urable\x12\x1a\n\x08timeline\x18\x07 \x01(\rR\x08timeline\x12%\n\x0e\x61nswer_omitted\x18\x08 \x01(\x08R\ranswerOmitted\x12!\n\x0c\x61nswer_bytes\x18\t \x01(\rR\x0b\x61nswerBytes\x12+\n\x11\x66ingerprint_kinds\x18\n \x03(\rR\x10\x66ingerprintKinds\"^\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11STATE_IN_PROGRESS\x10\x01\x12\x12\n\x0eSTATE_RELEASED\x10\x02\x12\x13\n\x0fSTATE_COMPLETED\x10\x03\"[\n\nExtendItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12\x14\n\x05nonce\x18\x02 \x01(\x0cR\x05nonce\x12!\n\x0clease_millis\x18\x03 \x01(\rR\x0bleaseMillis\"\xcb\x01\n\rExtendOutcome\x12I\n\x06result\x18\x01 \x01(\x0e\x32\x31.orchestrator.idempotency.v1.ExtendOutcome.ResultR\x06result\"o\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x13\n\x0fRESULT_EXTENDED\x10\x01\x12\x11\n\rRESULT_ABSENT\x10\x02\x12\x11\n\rRESULT_FENCED\x10\x03\x12\x12\n\x0eRESULT_ALREADY\x10\x04\"9\n\x0b\x46ingerprint\x12\x12\n\x04kind\x18\x01 \x01(\rR\x04kind\x12\x16\n\x06\x64igest\x18\x02 \x01(\x0cR\x06\x64igest2\xb1\x05\n\x12IdempotencyService\x12\x81\x01\n\x05\x43laim\x12).orchestrator.idempotency.v1.ClaimRequest\x1a*.orchestrator.idempotency.v1.ClaimResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x8a\x01\n\x08\x43omplete\x12,.orchestrator.idempotency.v1.CompleteRequest\x1a-.orchestrator.idempotency.v1.CompleteResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x87\x01\n\x07Release\x12+.orchestrator.idempotency.v1.ReleaseRequest\x1a,.orchestrator.idempotency.v1.ReleaseResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x83\x01\n\x06\x45xtend\x12*.orchestrator.idempotency.v1.ExtendRequest\x1a+.orchestrator.idempotency.v1.ExtendResponse\" \xaa\xd4\x18\x1c\n\x14orchestrator.service\x10\x03 \x80\x80\x04\x12z\n\x03Get\x12\'.orchestrator.idempotency.v1.GetRequest\x1a(.orchestrator.idempotency.v1.GetResponse\" \xaa\xd4\x18\x1c\n\x14orchestrator.service\x10\x01 \x80\x80\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n5orchestrator/idempotency/v1/idempotency_service.proto\x12\x1borchestrator.idempotency.v1\x1a%orchestrator/options/v1/options.proto\"L\n\x0c\x43laimRequest\x12<\n\x05items\x18\x01 \x03(\x0b\x32&.orchestrator.idempotency.v1.ClaimItemR\x05items\"V\n\rClaimResponse\x12\x45\n\x08outcomes\x18\x01 \x03(\x0b\x32).orchestrator.idempotency.v1.ClaimOutcomeR\x08outcomes\"R\n\x0f\x43ompleteRequest\x12?\n\x05items\x18\x01 \x03(\x0b\x32).orchestrator.idempotency.v1.CompleteItemR\x05items\"\\\n\x10\x43ompleteResponse\x12H\n\x08outcomes\x18\x01 \x03(\x0b\x32,.orchestrator.idempotency.v1.CompleteOutcomeR\x08outcomes\"P\n\x0eReleaseRequest\x12>\n\x05items\x18\x01 \x03(\x0b\x32(.orchestrator.idempotency.v1.ReleaseItemR\x05items\"Z\n\x0fReleaseResponse\x12G\n\x08outcomes\x18\x01 \x03(\x0b\x32+.orchestrator.idempotency.v1.ReleaseOutcomeR\x08outcomes\"N\n\rExtendRequest\x12=\n\x05items\x18\x01 \x03(\x0b\x32\'.orchestrator.idempotency.v1.ExtendItemR\x05items\"X\n\x0e\x45xtendResponse\x12\x46\n\x08outcomes\x18\x01 \x03(\x0b\x32*.orchestrator.idempotency.v1.ExtendOutcomeR\x08outcomes\"H\n\nGetRequest\x12:\n\x05items\x18\x01 \x03(\x0b\x32$.orchestrator.idempotency.v1.GetItemR\x05items\"R\n\x0bGetResponse\x12\x43\n\x08outcomes\x18\x01 \x03(\x0b\x32\'.orchestrator.idempotency.v1.GetOutcomeR\x08outcomes\"\xc7\x01\n\tClaimItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12L\n\x0c\x66ingerprints\x18\x02 \x03(\x0b\x32(.orchestrator.idempotency.v1.FingerprintR\x0c\x66ingerprints\x12\x14\n\x05nonce\x18\x03 \x01(\x0cR\x05nonce\x12!\n\x0clease_millis\x18\x04 \x01(\rR\x0bleaseMillis\x12\x1d\n\nttl_millis\x18\x05 \x01(\x04R\tttlMillis\"\xa1\x06\n\x0c\x43laimOutcome\x12P\n\x08\x61\x63quired\x18\x01 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.AcquiredH\x00R\x08\x61\x63quired\x12P\n\x08takeover\x18\x02 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.TakeoverH\x00R\x08takeover\x12J\n\x06replay\x18\x03 \x01(\x0b\x32\x30.orchestrator.idempotency.v1.ClaimOutcome.ReplayH\x00R\x06replay\x12\x44\n\x04\x62usy\x18\x04 \x01(\x0b\x32..orchestrator.idempotency.v1.ClaimOutcome.BusyH\x00R\x04\x62usy\x12P\n\x08mismatch\x18\x05 \x01(\x0b\x32\x32.orchestrator.idempotency.v1.ClaimOutcome.MismatchH\x00R\x08mismatch\x12\x44\n\x04\x61way\x18\x06 \x01(\x0b\x32..orchestrator.idempotency.v1.ClaimOutcome.AwayH\x00R\x04\x61way\x1a \n\x08\x41\x63quired\x12\x14\n\x05\x65poch\x18\x01 \x01(\rR\x05\x65poch\x1a \n\x08Takeover\x12\x14\n\x05\x65poch\x18\x01 \x01(\rR\x05\x65poch\x1a\x91\x01\n\x06Replay\x12\x12\n\x04\x63ode\x18\x01 \x01(\x05R\x04\x63ode\x12\x16\n\x06\x61nswer\x18\x02 \x01(\x0cR\x06\x61nswer\x12\x18\n\x07\x64urable\x18\x03 \x01(\x08R\x07\x64urable\x12\x1a\n\x08timeline\x18\x04 \x01(\rR\x08timeline\x12%\n\x0e\x61nswer_omitted\x18\x05 \x01(\x08R\ranswerOmitted\x1a\x32\n\x04\x42usy\x12*\n\x11lease_left_millis\x18\x01 \x01(\rR\x0fleaseLeftMillis\x1a$\n\x08Mismatch\x12\x18\n\x07\x64urable\x18\x01 \x01(\x08R\x07\x64urable\x1a\x06\n\x04\x41wayB\t\n\x07outcome\"\xb0\x02\n\x0c\x43ompleteItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12L\n\x0c\x66ingerprints\x18\x02 \x03(\x0b\x32(.orchestrator.idempotency.v1.FingerprintR\x0c\x66ingerprints\x12\x14\n\x05nonce\x18\x03 \x01(\x0cR\x05nonce\x12\x12\n\x04\x63ode\x18\x04 \x01(\x05R\x04\x63ode\x12\x16\n\x06\x61nswer\x18\x05 \x01(\x0cR\x06\x61nswer\x12\x1d\n\nttl_millis\x18\x06 \x01(\x04R\tttlMillis\x12\x18\n\x07\x64urable\x18\x07 \x01(\x08R\x07\x64urable\x12\x1a\n\x08timeline\x18\x08 \x01(\rR\x08timeline\x12%\n\x0e\x61nswer_omitted\x18\t \x01(\x08R\ranswerOmitted\"\xf9\x01\n\x0f\x43ompleteOutcome\x12K\n\x06result\x18\x01 \x01(\x0e\x32\x33.orchestrator.idempotency.v1.CompleteOutcome.ResultR\x06result\"\x98\x01\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x14\n\x10RESULT_COMPLETED\x10\x01\x12\x13\n\x0fRESULT_RESTORED\x10\x02\x12\x12\n\x0eRESULT_ALREADY\x10\x03\x12\x11\n\rRESULT_FENCED\x10\x04\x12\x13\n\x0fRESULT_MISMATCH\x10\x05\x12\x0f\n\x0bRESULT_AWAY\x10\x06\"Q\n\x0bReleaseItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12\x14\n\x05nonce\x18\x02 \x01(\x0cR\x05nonce\x12\x16\n\x06\x66orced\x18\x03 \x01(\x08R\x06\x66orced\"\xdf\x01\n\x0eReleaseOutcome\x12J\n\x06result\x18\x01 \x01(\x0e\x32\x32.orchestrator.idempotency.v1.ReleaseOutcome.ResultR\x06result\"\x80\x01\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x13\n\x0fRESULT_RELEASED\x10\x01\x12\x11\n\rRESULT_ABSENT\x10\x02\x12\x11\n\rRESULT_FENCED\x10\x03\x12\x12\n\x0eRESULT_ALREADY\x10\x04\x12\x0f\n\x0bRESULT_AWAY\x10\x05\"\x1f\n\x07GetItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\"\xb6\x04\n\nGetOutcome\x12\x46\n\x06record\x18\x01 \x01(\x0b\x32..orchestrator.idempotency.v1.GetOutcome.RecordR\x06record\x1a\xdf\x03\n\x06Record\x12J\n\x05state\x18\x01 \x01(\x0e\x32\x34.orchestrator.idempotency.v1.GetOutcome.Record.StateR\x05state\x12\x14\n\x05\x65poch\x18\x02 \x01(\rR\x05\x65poch\x12*\n\x11lease_left_millis\x18\x03 \x01(\rR\x0fleaseLeftMillis\x12&\n\x0fttl_left_millis\x18\x04 \x01(\x04R\rttlLeftMillis\x12\x12\n\x04\x63ode\x18\x05 \x01(\x05R\x04\x63ode\x12\x18\n\x07\x64urable\x18\x06 \x01(\x08R\x07\x64urable\x12\x1a\n\x08timeline\x18\x07 \x01(\rR\x08timeline\x12%\n\x0e\x61nswer_omitted\x18\x08 \x01(\x08R\ranswerOmitted\x12!\n\x0c\x61nswer_bytes\x18\t \x01(\rR\x0b\x61nswerBytes\x12+\n\x11\x66ingerprint_kinds\x18\n \x03(\rR\x10\x66ingerprintKinds\"^\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11STATE_IN_PROGRESS\x10\x01\x12\x12\n\x0eSTATE_RELEASED\x10\x02\x12\x13\n\x0fSTATE_COMPLETED\x10\x03\"[\n\nExtendItem\x12\x14\n\x05scope\x18\x01 \x01(\x0cR\x05scope\x12\x14\n\x05nonce\x18\x02 \x01(\x0cR\x05nonce\x12!\n\x0clease_millis\x18\x03 \x01(\rR\x0bleaseMillis\"\xdd\x01\n\rExtendOutcome\x12I\n\x06result\x18\x01 \x01(\x0e\x32\x31.orchestrator.idempotency.v1.ExtendOutcome.ResultR\x06result\"\x80\x01\n\x06Result\x12\x16\n\x12RESULT_UNSPECIFIED\x10\x00\x12\x13\n\x0fRESULT_EXTENDED\x10\x01\x12\x11\n\rRESULT_ABSENT\x10\x02\x12\x11\n\rRESULT_FENCED\x10\x03\x12\x12\n\x0eRESULT_ALREADY\x10\x04\x12\x0f\n\x0bRESULT_AWAY\x10\x05\"9\n\x0b\x46ingerprint\x12\x12\n\x04kind\x18\x01 \x01(\rR\x04kind\x12\x16\n\x06\x64igest\x18\x02 \x01(\x0cR\x06\x64igest2\xb1\x05\n\x12IdempotencyService\x12\x81\x01\n\x05\x43laim\x12).orchestrator.idempotency.v1.ClaimRequest\x1a*.orchestrator.idempotency.v1.ClaimResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x8a\x01\n\x08\x43omplete\x12,.orchestrator.idempotency.v1.CompleteRequest\x1a-.orchestrator.idempotency.v1.CompleteResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x87\x01\n\x07Release\x12+.orchestrator.idempotency.v1.ReleaseRequest\x1a,.orchestrator.idempotency.v1.ReleaseResponse\"!\xaa\xd4\x18\x1d\n\x14orchestrator.service\x10\x03 \x80\x80\x80\x02\x12\x83\x01\n\x06\x45xtend\x12*.orchestrator.idempotency.v1.ExtendRequest\x1a+.orchestrator.idempotency.v1.ExtendResponse\" \xaa\xd4\x18\x1c\n\x14orchestrator.service\x10\x03 \x80\x80\x04\x12z\n\x03Get\x12\'.orchestrator.idempotency.v1.GetRequest\x1a(.orchestrator.idempotency.v1.GetResponse\" \xaa\xd4\x18\x1c\n\x14orchestrator.service\x10\x01 \x80\x80\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -65,45 +65,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLAIMITEM']._serialized_start=972
   _globals['_CLAIMITEM']._serialized_end=1171
   _globals['_CLAIMOUTCOME']._serialized_start=1174
-  _globals['_CLAIMOUTCOME']._serialized_end=1897
-  _globals['_CLAIMOUTCOME_ACQUIRED']._serialized_start=1582
-  _globals['_CLAIMOUTCOME_ACQUIRED']._serialized_end=1614
-  _globals['_CLAIMOUTCOME_TAKEOVER']._serialized_start=1616
-  _globals['_CLAIMOUTCOME_TAKEOVER']._serialized_end=1648
-  _globals['_CLAIMOUTCOME_REPLAY']._serialized_start=1651
-  _globals['_CLAIMOUTCOME_REPLAY']._serialized_end=1796
-  _globals['_CLAIMOUTCOME_BUSY']._serialized_start=1798
-  _globals['_CLAIMOUTCOME_BUSY']._serialized_end=1848
-  _globals['_CLAIMOUTCOME_MISMATCH']._serialized_start=1850
-  _globals['_CLAIMOUTCOME_MISMATCH']._serialized_end=1886
-  _globals['_COMPLETEITEM']._serialized_start=1900
-  _globals['_COMPLETEITEM']._serialized_end=2204
-  _globals['_COMPLETEOUTCOME']._serialized_start=2207
-  _globals['_COMPLETEOUTCOME']._serialized_end=2439
-  _globals['_COMPLETEOUTCOME_RESULT']._serialized_start=2304
-  _globals['_COMPLETEOUTCOME_RESULT']._serialized_end=2439
-  _globals['_RELEASEITEM']._serialized_start=2441
-  _globals['_RELEASEITEM']._serialized_end=2522
-  _globals['_RELEASEOUTCOME']._serialized_start=2525
-  _globals['_RELEASEOUTCOME']._serialized_end=2730
-  _globals['_RELEASEOUTCOME_RESULT']._serialized_start=2619
-  _globals['_RELEASEOUTCOME_RESULT']._serialized_end=2730
-  _globals['_GETITEM']._serialized_start=2732
-  _globals['_GETITEM']._serialized_end=2763
-  _globals['_GETOUTCOME']._serialized_start=2766
-  _globals['_GETOUTCOME']._serialized_end=3332
-  _globals['_GETOUTCOME_RECORD']._serialized_start=2853
-  _globals['_GETOUTCOME_RECORD']._serialized_end=3332
-  _globals['_GETOUTCOME_RECORD_STATE']._serialized_start=3238
-  _globals['_GETOUTCOME_RECORD_STATE']._serialized_end=3332
-  _globals['_EXTENDITEM']._serialized_start=3334
-  _globals['_EXTENDITEM']._serialized_end=3425
-  _globals['_EXTENDOUTCOME']._serialized_start=3428
-  _globals['_EXTENDOUTCOME']._serialized_end=3631
-  _globals['_EXTENDOUTCOME_RESULT']._serialized_start=3520
-  _globals['_EXTENDOUTCOME_RESULT']._serialized_end=3631
-  _globals['_FINGERPRINT']._serialized_start=3633
-  _globals['_FINGERPRINT']._serialized_end=3690
-  _globals['_IDEMPOTENCYSERVICE']._serialized_start=3693
-  _globals['_IDEMPOTENCYSERVICE']._serialized_end=4382
+  _globals['_CLAIMOUTCOME']._serialized_end=1975
+  _globals['_CLAIMOUTCOME_ACQUIRED']._serialized_start=1652
+  _globals['_CLAIMOUTCOME_ACQUIRED']._serialized_end=1684
+  _globals['_CLAIMOUTCOME_TAKEOVER']._serialized_start=1686
+  _globals['_CLAIMOUTCOME_TAKEOVER']._serialized_end=1718
+  _globals['_CLAIMOUTCOME_REPLAY']._serialized_start=1721
+  _globals['_CLAIMOUTCOME_REPLAY']._serialized_end=1866
+  _globals['_CLAIMOUTCOME_BUSY']._serialized_start=1868
+  _globals['_CLAIMOUTCOME_BUSY']._serialized_end=1918
+  _globals['_CLAIMOUTCOME_MISMATCH']._serialized_start=1920
+  _globals['_CLAIMOUTCOME_MISMATCH']._serialized_end=1956
+  _globals['_CLAIMOUTCOME_AWAY']._serialized_start=1958
+  _globals['_CLAIMOUTCOME_AWAY']._serialized_end=1964
+  _globals['_COMPLETEITEM']._serialized_start=1978
+  _globals['_COMPLETEITEM']._serialized_end=2282
+  _globals['_COMPLETEOUTCOME']._serialized_start=2285
+  _globals['_COMPLETEOUTCOME']._serialized_end=2534
+  _globals['_COMPLETEOUTCOME_RESULT']._serialized_start=2382
+  _globals['_COMPLETEOUTCOME_RESULT']._serialized_end=2534
+  _globals['_RELEASEITEM']._serialized_start=2536
+  _globals['_RELEASEITEM']._serialized_end=2617
+  _globals['_RELEASEOUTCOME']._serialized_start=2620
+  _globals['_RELEASEOUTCOME']._serialized_end=2843
+  _globals['_RELEASEOUTCOME_RESULT']._serialized_start=2715
+  _globals['_RELEASEOUTCOME_RESULT']._serialized_end=2843
+  _globals['_GETITEM']._serialized_start=2845
+  _globals['_GETITEM']._serialized_end=2876
+  _globals['_GETOUTCOME']._serialized_start=2879
+  _globals['_GETOUTCOME']._serialized_end=3445
+  _globals['_GETOUTCOME_RECORD']._serialized_start=2966
+  _globals['_GETOUTCOME_RECORD']._serialized_end=3445
+  _globals['_GETOUTCOME_RECORD_STATE']._serialized_start=3351
+  _globals['_GETOUTCOME_RECORD_STATE']._serialized_end=3445
+  _globals['_EXTENDITEM']._serialized_start=3447
+  _globals['_EXTENDITEM']._serialized_end=3538
+  _globals['_EXTENDOUTCOME']._serialized_start=3541
+  _globals['_EXTENDOUTCOME']._serialized_end=3762
+  _globals['_EXTENDOUTCOME_RESULT']._serialized_start=3634
+  _globals['_EXTENDOUTCOME_RESULT']._serialized_end=3762
+  _globals['_FINGERPRINT']._serialized_start=3764
+  _globals['_FINGERPRINT']._serialized_end=3821
+  _globals['_IDEMPOTENCYSERVICE']._serialized_start=3824
+  _globals['_IDEMPOTENCYSERVICE']._serialized_end=4513
 # @@protoc_insertion_point(module_scope)

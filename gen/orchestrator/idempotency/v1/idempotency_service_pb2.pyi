@@ -435,11 +435,27 @@ class ClaimOutcome(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class Away(_message.Message):
+        """Says that the record cannot be reached, or was not in time."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ACQUIRED_FIELD_NUMBER: _builtins.int
     TAKEOVER_FIELD_NUMBER: _builtins.int
     REPLAY_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
     MISMATCH_FIELD_NUMBER: _builtins.int
+    AWAY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def acquired(self) -> Global___ClaimOutcome.Acquired:
         """The key was free and is the caller's."""
@@ -460,6 +476,10 @@ class ClaimOutcome(_message.Message):
     def mismatch(self) -> Global___ClaimOutcome.Mismatch:
         """The key belongs to another request."""
 
+    @_builtins.property
+    def away(self) -> Global___ClaimOutcome.Away:
+        """The record cannot be reached, or was not in time. The key may have been claimed."""
+
     def __init__(
         self,
         *,
@@ -468,12 +488,13 @@ class ClaimOutcome(_message.Message):
         replay: Global___ClaimOutcome.Replay | None = ...,
         busy: Global___ClaimOutcome.Busy | None = ...,
         mismatch: Global___ClaimOutcome.Mismatch | None = ...,
+        away: Global___ClaimOutcome.Away | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acquired", b"acquired", "busy", b"busy", "mismatch", b"mismatch", "outcome", b"outcome", "replay", b"replay", "takeover", b"takeover"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acquired", b"acquired", "away", b"away", "busy", b"busy", "mismatch", b"mismatch", "outcome", b"outcome", "replay", b"replay", "takeover", b"takeover"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquired", b"acquired", "busy", b"busy", "mismatch", b"mismatch", "outcome", b"outcome", "replay", b"replay", "takeover", b"takeover"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquired", b"acquired", "away", b"away", "busy", b"busy", "mismatch", b"mismatch", "outcome", b"outcome", "replay", b"replay", "takeover", b"takeover"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["acquired", "takeover", "replay", "busy", "mismatch"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["acquired", "takeover", "replay", "busy", "mismatch", "away"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
@@ -568,6 +589,8 @@ class CompleteOutcome(_message.Message):
         """The record belongs to another request and is as it was. For durable completions, that request has a
         durable answer.
         """
+        RESULT_AWAY: CompleteOutcome._Result.ValueType  # 6
+        """The record cannot be reached, or was not in time. It may have the answer."""
 
     class Result(_Result, metaclass=_ResultEnumTypeWrapper):
         """The ways in which a completion can end."""
@@ -589,6 +612,8 @@ class CompleteOutcome(_message.Message):
     """The record belongs to another request and is as it was. For durable completions, that request has a
     durable answer.
     """
+    RESULT_AWAY: CompleteOutcome.Result.ValueType  # 6
+    """The record cannot be reached, or was not in time. It may have the answer."""
 
     RESULT_FIELD_NUMBER: _builtins.int
     result: Global___CompleteOutcome.Result.ValueType
@@ -658,6 +683,8 @@ class ReleaseOutcome(_message.Message):
         """The record is another's and is as it was."""
         RESULT_ALREADY: ReleaseOutcome._Result.ValueType  # 4
         """The record is completed, or the caller released it before, and is as it was."""
+        RESULT_AWAY: ReleaseOutcome._Result.ValueType  # 5
+        """The record cannot be reached, or was not in time. It may be released."""
 
     class Result(_Result, metaclass=_ResultEnumTypeWrapper):
         """The ways in which a release can end."""
@@ -672,6 +699,8 @@ class ReleaseOutcome(_message.Message):
     """The record is another's and is as it was."""
     RESULT_ALREADY: ReleaseOutcome.Result.ValueType  # 4
     """The record is completed, or the caller released it before, and is as it was."""
+    RESULT_AWAY: ReleaseOutcome.Result.ValueType  # 5
+    """The record cannot be reached, or was not in time. It may be released."""
 
     RESULT_FIELD_NUMBER: _builtins.int
     result: Global___ReleaseOutcome.Result.ValueType
@@ -876,6 +905,8 @@ class ExtendOutcome(_message.Message):
         """The record is not the caller's and is as it was: it is another's, or released."""
         RESULT_ALREADY: ExtendOutcome._Result.ValueType  # 4
         """The record is completed and is as it was."""
+        RESULT_AWAY: ExtendOutcome._Result.ValueType  # 5
+        """The record cannot be reached, or was not in time. Its lease may be extended."""
 
     class Result(_Result, metaclass=_ResultEnumTypeWrapper):
         """The ways in which an extension can end."""
@@ -890,6 +921,8 @@ class ExtendOutcome(_message.Message):
     """The record is not the caller's and is as it was: it is another's, or released."""
     RESULT_ALREADY: ExtendOutcome.Result.ValueType  # 4
     """The record is completed and is as it was."""
+    RESULT_AWAY: ExtendOutcome.Result.ValueType  # 5
+    """The record cannot be reached, or was not in time. Its lease may be extended."""
 
     RESULT_FIELD_NUMBER: _builtins.int
     result: Global___ExtendOutcome.Result.ValueType

@@ -38,14 +38,17 @@ class IdempotencyServiceStub:
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
+    The records may be on several servers. An item whose server is out of reach, or was not in time, is
+    answered as away, and may have been treated; the others are answered all the same.
+
     Two requests count as the same when a kind of fingerprint that both have is equal; with no kind in
     common they are different.
 
     Every method answers these errors, for the whole request:
     - `INVALID_ARGUMENT`, `FIELD_REQUIRED` or `FIELD_INVALID`: there are no or too many items, or a field of
     one is missing, has another size or is over its limit. No item was treated.
-    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: the records cannot be reached, or must not be trusted. Any of the
-    items may have been treated.
+    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: no record can be reached, or trusted. Any of the items may have been
+    treated.
     - The errors that `orchestrator.controller.v1.ErrorReason` lists as general.
     """
 
@@ -95,14 +98,17 @@ class IdempotencyServiceServicer:
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
+    The records may be on several servers. An item whose server is out of reach, or was not in time, is
+    answered as away, and may have been treated; the others are answered all the same.
+
     Two requests count as the same when a kind of fingerprint that both have is equal; with no kind in
     common they are different.
 
     Every method answers these errors, for the whole request:
     - `INVALID_ARGUMENT`, `FIELD_REQUIRED` or `FIELD_INVALID`: there are no or too many items, or a field of
     one is missing, has another size or is over its limit. No item was treated.
-    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: the records cannot be reached, or must not be trusted. Any of the
-    items may have been treated.
+    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: no record can be reached, or trusted. Any of the items may have been
+    treated.
     - The errors that `orchestrator.controller.v1.ErrorReason` lists as general.
     """
 
@@ -154,6 +160,7 @@ class IdempotencyServiceServicer:
 
     def Get(self, request, context):
         """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing.
+        `UNAVAILABLE`, `REDIS_UNAVAILABLE` if even one of the records cannot be reached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,14 +215,17 @@ class IdempotencyService:
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
+    The records may be on several servers. An item whose server is out of reach, or was not in time, is
+    answered as away, and may have been treated; the others are answered all the same.
+
     Two requests count as the same when a kind of fingerprint that both have is equal; with no kind in
     common they are different.
 
     Every method answers these errors, for the whole request:
     - `INVALID_ARGUMENT`, `FIELD_REQUIRED` or `FIELD_INVALID`: there are no or too many items, or a field of
     one is missing, has another size or is over its limit. No item was treated.
-    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: the records cannot be reached, or must not be trusted. Any of the
-    items may have been treated.
+    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: no record can be reached, or trusted. Any of the items may have been
+    treated.
     - The errors that `orchestrator.controller.v1.ErrorReason` lists as general.
     """
 

@@ -39,14 +39,17 @@ class IdempotencyServiceStub:
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
+    The records may be on several servers. An item whose server is out of reach, or was not in time, is
+    answered as away, and may have been treated; the others are answered all the same.
+
     Two requests count as the same when a kind of fingerprint that both have is equal; with no kind in
     common they are different.
 
     Every method answers these errors, for the whole request:
     - `INVALID_ARGUMENT`, `FIELD_REQUIRED` or `FIELD_INVALID`: there are no or too many items, or a field of
       one is missing, has another size or is over its limit. No item was treated.
-    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: the records cannot be reached, or must not be trusted. Any of the
-      items may have been treated.
+    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: no record can be reached, or trusted. Any of the items may have been
+      treated.
     - The errors that `orchestrator.controller.v1.ErrorReason` lists as general.
     """
 
@@ -85,7 +88,9 @@ class IdempotencyServiceStub:
     while nobody has taken the key over.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_idempotency_service_pb2.GetRequest, _idempotency_service_pb2.GetResponse]
-    """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing."""
+    """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing.
+    `UNAVAILABLE`, `REDIS_UNAVAILABLE` if even one of the records cannot be reached.
+    """
 
 @_typing.type_check_only
 class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
@@ -101,14 +106,17 @@ class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
+    The records may be on several servers. An item whose server is out of reach, or was not in time, is
+    answered as away, and may have been treated; the others are answered all the same.
+
     Two requests count as the same when a kind of fingerprint that both have is equal; with no kind in
     common they are different.
 
     Every method answers these errors, for the whole request:
     - `INVALID_ARGUMENT`, `FIELD_REQUIRED` or `FIELD_INVALID`: there are no or too many items, or a field of
       one is missing, has another size or is over its limit. No item was treated.
-    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: the records cannot be reached, or must not be trusted. Any of the
-      items may have been treated.
+    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: no record can be reached, or trusted. Any of the items may have been
+      treated.
     - The errors that `orchestrator.controller.v1.ErrorReason` lists as general.
     """
 
@@ -144,7 +152,9 @@ class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
     while nobody has taken the key over.
     """
     Get: _aio.UnaryUnaryMultiCallable[_idempotency_service_pb2.GetRequest, _idempotency_service_pb2.GetResponse]  # type: ignore[assignment]
-    """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing."""
+    """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing.
+    `UNAVAILABLE`, `REDIS_UNAVAILABLE` if even one of the records cannot be reached.
+    """
 
 class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
     """Remembers for each idempotency key who works on it, or its answer. Answers are opaque bytes to it.
@@ -159,14 +169,17 @@ class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
+    The records may be on several servers. An item whose server is out of reach, or was not in time, is
+    answered as away, and may have been treated; the others are answered all the same.
+
     Two requests count as the same when a kind of fingerprint that both have is equal; with no kind in
     common they are different.
 
     Every method answers these errors, for the whole request:
     - `INVALID_ARGUMENT`, `FIELD_REQUIRED` or `FIELD_INVALID`: there are no or too many items, or a field of
       one is missing, has another size or is over its limit. No item was treated.
-    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: the records cannot be reached, or must not be trusted. Any of the
-      items may have been treated.
+    - `UNAVAILABLE`, `REDIS_UNAVAILABLE`: no record can be reached, or trusted. Any of the items may have been
+      treated.
     - The errors that `orchestrator.controller.v1.ErrorReason` lists as general.
     """
 
@@ -230,6 +243,8 @@ class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _idempotency_service_pb2.GetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_idempotency_service_pb2.GetResponse, _abc.Awaitable[_idempotency_service_pb2.GetResponse]]:
-        """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing."""
+        """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing.
+        `UNAVAILABLE`, `REDIS_UNAVAILABLE` if even one of the records cannot be reached.
+        """
 
 def add_IdempotencyServiceServicer_to_server(servicer: IdempotencyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
