@@ -137,7 +137,7 @@ _RECORD_STATE_NUMBERS: Final[Mapping[RecordState, Any]] = {
     RecordState.IN_PROGRESS: records_pb.Record.STATE_IN_PROGRESS,
     RecordState.RELEASED: records_pb.Record.STATE_RELEASED,
     RecordState.COMPLETED: records_pb.Record.STATE_COMPLETED,
-    RecordState.UNKNOWN: records_pb.Record.STATE_UNSPECIFIED,
+    RecordState.UNSPECIFIED: records_pb.Record.STATE_UNSPECIFIED,
 }
 _SESSION_STATE_NUMBERS: Final[Mapping[str, Any]] = {state: number for number, state in _SESSION_STATES.items()}
 _TASK_STATE_NUMBERS: Final[Mapping[str, Any]] = {state: number for number, state in _TASK_STATES.items()}

@@ -40,7 +40,7 @@ class Records:
         record = outcome.record
         in_progress = record.state == pb.GetOutcome.Record.STATE_IN_PROGRESS
         return RecordFacts(
-            state=_STATES.get(record.state, RecordState.UNKNOWN),
+            state=_STATES.get(record.state, RecordState.UNSPECIFIED),
             ttl_left=timedelta(milliseconds=record.ttl_left_millis),
             lease_left=timedelta(milliseconds=record.lease_left_millis) if in_progress else None,
             epoch=record.epoch,

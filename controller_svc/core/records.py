@@ -17,7 +17,7 @@ class RecordState(StrEnum):
     IN_PROGRESS = "IN_PROGRESS"
     RELEASED = "RELEASED"
     COMPLETED = "COMPLETED"
-    UNKNOWN = "UNKNOWN"
+    UNSPECIFIED = "UNSPECIFIED"
     """That of a newer idempotency_svc."""
 
 

@@ -47,6 +47,8 @@ def test_the_password_is_not_shown(environment: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("url", [
     "http://127.0.0.1", "127.0.0.1:6379", "redis://h:99999", "redis://h?socket_timeout=x", "redis://h?unknown=1",
+    "redis+sentinel://h", "redis+sentinel:///service", "redis+sentinel://h/service/x", "redis+sentinel://a,,b/service",
+    "redis+cluster://", "redis+cluster://h/1", "redis+cluster://a:x,b", "redis+cluster://h?unknown=1",
 ])  # fmt: skip
 def test_a_wrong_redis_url_is_one_clear_line(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str
@@ -56,10 +58,14 @@ def test_a_wrong_redis_url_is_one_clear_line(
         load(IdempotencySettings)
     assert exit_.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("REDIS_URL: must be a redis://, rediss:// or unix:// URL")
+    assert line.startswith("REDIS_URL: must be a redis://, redis+sentinel:// or redis+cluster:// URL")
 
 
-@pytest.mark.parametrize("url", ["redis://h", "rediss://user:pw@h:7000/2", "unix:///run/redis.sock?db=1"])
+@pytest.mark.parametrize("url", [
+    "redis://h", "rediss://user:pw@h:7000/2", "unix:///run/redis.sock?db=1",
+    "redis+sentinel://h/service", "rediss+sentinel://user:pw@a,b:1,[::1]:2/service/3?sentinel_password=x",
+    "redis+cluster://h", "redis+cluster://user:pw@a:1,b:2/0",
+])  # fmt: skip
 def test_redis_urls(environment: pytest.MonkeyPatch, url: str) -> None:
     environment.setenv("REDIS_URL", url)
     assert load(IdempotencySettings).redis_url == url
