@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import random
 import re
 from collections import Counter as Counted
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from prometheus_client import Counter, Gauge
 from controller_svc.core.status import Component
 from controller_svc.fingerprint import PACKED
 from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
-from svckit.errors import InvalidArgument
+from svckit.errors import Aborted, InvalidArgument
 from svckit.groups import Groups
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ KEY_HEADER = "idempotency-key"
 _KEY = re.compile("[!-~]{1,255}")
 CLAIM_SECONDS = 0.05
 """What a claim may cost a call before Postgres decides alone."""
+AWAIT_MARGIN = 0.25
+"""Seconds beyond its wait after which an Await counts as lost."""
 COMPLETE_SECONDS = 2.0
 COMPLETE_GATHER = 0.02
 """Seconds a completion waits for company. Who asks meanwhile finds the guard."""
@@ -39,7 +42,7 @@ PROBE_SECONDS = 0.5
 PROBE_TIMEOUT = 0.25
 MAX_PENDING = 10_000
 MAX_PENDING_BYTES = 64 << 20
-"""Completions and releases that may wait. Past it they are dropped: the guard in Postgres answers instead."""
+"""Completions, releases and extensions that may wait. Past it they are dropped: the guard answers instead."""
 MAX_BATCH_BYTES = 3 << 20
 """Of one Complete; idempotency_svc takes 4 MiB."""
 MAX_ANSWER_BYTES = 64 << 10
@@ -58,7 +61,8 @@ _AWAY = frozenset(
 _CLAIMS = Counter("orchestrator_claims_total", "Claims, by outcome; away: idempotency_svc or Redis is.", ["outcome"])
 CLAIMS = {kind: _CLAIMS.labels(kind) for kind in ("acquired", "takeover", "replay", "busy", "mismatch", "away")}
 DROPPED = Counter(
-    "orchestrator_completions_dropped_total", "Completions and releases given up: the guard repairs them later."
+    "orchestrator_completions_dropped_total",
+    "Completions, releases and extensions given up: the guard repairs them later.",
 )
 DEGRADED = Gauge(
     "orchestrator_idempotency_degraded", "1 while calls go without claims, because idempotency_svc or Redis is away."
@@ -80,6 +84,15 @@ def idempotency_key(values: Sequence[str]) -> str | None:
             fields=((KEY_HEADER, "one value of 1..255 visible ASCII characters"),),
         )
     return key
+
+
+def in_progress(retry_after: float = 0.0) -> Aborted:
+    """What a caller is told that cannot wait for the owner of its key any longer."""
+    return Aborted(
+        "IDEMPOTENCY_IN_PROGRESS",
+        "A call with this idempotency key is still under way. Retry with the same key.",
+        retry_after=max(retry_after, random.uniform(0.1, 1.0)),  # noqa: S311 - lest they come back together
+    )
 
 
 def scope_of(*parts: str) -> bytes:
@@ -144,6 +157,31 @@ class Idempotency:
         if "away" not in kinds:
             return response.outcomes
         return [None if kind == "away" else outcome for kind, outcome in zip(kinds, response.outcomes, strict=True)]
+
+    async def wait(self, item: pb.ClaimItem, seconds: float) -> pb.ClaimOutcome | None:
+        """As `claim` for a scope that another owns, but busy only when `seconds` are over.
+
+        Raises Aborted IDEMPOTENCY_IN_PROGRESS when too many wait for it already.
+        """
+        if not self.up:
+            return None
+        assert self._stub is not None
+        request = pb.AwaitRequest(item=item, wait_millis=max(1, int(seconds * 1000)))
+        try:
+            response = await self._stub.Await(request, timeout=seconds + AWAIT_MARGIN)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED):
+                raise in_progress() from None
+            self._failed(error)
+            CLAIMS["away"].inc()
+            return None
+        kind = response.outcome.WhichOneof("outcome") or "away"
+        CLAIMS[kind].inc()
+        return None if kind == "away" else response.outcome
+
+    def extend(self, scope: bytes, nonce: bytes, lease: float) -> None:
+        """Keeps a scope owned for `lease` seconds from now on."""
+        self._later(_End(extend=pb.ExtendItem(scope=scope, nonce=nonce, lease_millis=int(lease * 1000))))
 
     def complete(
         self, scope: bytes, nonce: bytes, *, fingerprints: bytes, code: int, answer: bytes, ttl: float, timeline: int
@@ -217,8 +255,11 @@ class Idempotency:
         releases = [end.release for end in group if end.release is not None]
         if releases:
             await self._tell(self._stub.Release, pb.ReleaseRequest(items=releases))
+        extensions = [end.extend for end in group if end.extend is not None]
+        if extensions:
+            await self._tell(self._stub.Extend, pb.ExtendRequest(items=extensions))
 
-    async def _tell(self, rpc: Any, request: pb.CompleteRequest | pb.ReleaseRequest) -> None:
+    async def _tell(self, rpc: Any, request: pb.CompleteRequest | pb.ReleaseRequest | pb.ExtendRequest) -> None:
         try:
             await rpc(request, timeout=COMPLETE_SECONDS)
         except grpc.aio.AioRpcError as error:
@@ -276,9 +317,10 @@ def _unpacked(fingerprints: bytes) -> list[pb.Fingerprint]:
 
 @dataclass(slots=True, eq=False)
 class _End:
-    """A completion or a release on its way."""
+    """A completion, a release or an extension on its way."""
 
     complete: pb.CompleteItem | None = None
     release: pb.ReleaseItem | None = None
+    extend: pb.ExtendItem | None = None
     size: int = 128
     """About its bytes on the wire."""

@@ -23,7 +23,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from controller_svc.fingerprint import PACKED, earlier_fingerprint_of, fingerprints_of, same_request
 from controller_svc.first_sent import FIRST_SENT_HEADER, first_sent, key_expired
-from controller_svc.idempotency import KEY_HEADER, idempotency_key, scope_of
+from controller_svc.idempotency import KEY_HEADER, idempotency_key, in_progress, scope_of
 from controller_svc.replays import Replays
 from controller_svc.store.database import (
     STATEMENT_SECONDS,
@@ -40,7 +40,6 @@ from controller_svc.store.database import (
 from controller_svc.store.read import Guard, read_guards, read_rows
 from controller_svc.store.write import Outcome, Write, write
 from svckit.errors import (
-    Aborted,
     Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
@@ -71,11 +70,14 @@ KEYLESS_LIFE = timedelta(seconds=2 * LONGEST_ATTEMPT)
 WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
 RESEND_SECONDS = 5.0
 RESEND_PAUSE = 0.2
+SETTLE_SECONDS = RESEND_SECONDS + WATCHDOG_SECONDS
+"""Within which what was sent again is settled."""
 MARGIN = 0.1
 """Seconds before its deadline at which a caller that waits is told so."""
-FIRST_LOOK = 0.05
-LAST_LOOK = 0.5
-"""Seconds between two looks at a key that somebody else owns."""
+AWAIT_SECONDS = 1.0
+"""Between two looks at the guard of a key that somebody else owns."""
+MAX_FOLLOWERS = 1000
+"""Callers of one key that wait in this process for the one at work."""
 ANNOUNCE_SECONDS = 0.005
 """After which a call under way is announced by its claim, unless it claims first. Most calls alone are done by then."""
 CLAIM_FIRST = 0.1
@@ -335,13 +337,14 @@ class Door:
                 return answer._replace(replayed=True)
         self._owners[attempt.scope] = attempt
         self._start(attempt)
-        pause = FIRST_LOOK
         while True:
             result = await self._settled(attempt)
             if isinstance(result, Answer):
                 return result
             try:
-                answer = await self._look(attempt, result, pause, call)
+                answer = await self._look(attempt, result)
+                if answer is None and result.WhichOneof("outcome") == "busy":
+                    outcome = await self._wait(attempt, result.busy.lease_left_millis / 1000, call)
             except BaseException as error:
                 self.give_up(attempt, error if isinstance(error, ServiceError) else _gone())
                 raise
@@ -349,11 +352,10 @@ class Door:
                 self.settle(attempt, answer)
                 return answer
             attempt.result = self._loop.create_future()
-            if result.WhichOneof("outcome") == "replay":
-                self._go(attempt)
+            if result.WhichOneof("outcome") == "busy":
+                self._claimed(attempt, outcome)
             else:
-                pause = min(2 * pause, LAST_LOOK)
-                self._claims.put(attempt)
+                self._go(attempt)
 
     async def _replay_near(self, group: list[tuple[Attempt, Answer]]) -> None:
         """Answers together what needs no work at all: sending answers one by one costs more than finding them."""
@@ -374,6 +376,9 @@ class Door:
         return result
 
     async def _follow(self, owner: Attempt, attempt: Attempt, call: Call) -> Answer | None:
+        """The owner's answer; None if it has none to keep. Raises Aborted IDEMPOTENCY_IN_PROGRESS."""
+        if len(owner.followers) >= MAX_FOLLOWERS:
+            raise in_progress()
         follower: asyncio.Future[Answer | None] = self._loop.create_future()
         owner.followers.append(follower)
         with call.waiting():
@@ -381,7 +386,7 @@ class Door:
                 async with asyncio.timeout(max(attempt.remaining - MARGIN, 0)):
                     return await follower
             except TimeoutError:
-                raise _in_progress(1.0) from None
+                raise in_progress() from None
 
     # -- claim --
 
@@ -417,18 +422,11 @@ class Door:
         await self._groups.started(CLAIM_AHEAD)
 
     async def _ask(self, group: Sequence[Attempt]) -> Sequence[pb.ClaimOutcome | None]:
-        now = self._loop.time()
-        return await self._idempotency.claim(
-            [
-                self._idempotency.claim_item(
-                    attempt.scope,
-                    attempt.fingerprints,
-                    attempt.command_id.bytes,
-                    max(min(attempt.deadline - now, 30.0), 0.0) + 2.0,
-                )
-                for attempt in group
-            ]
-        )
+        return await self._idempotency.claim([self._claim_item(attempt) for attempt in group])
+
+    def _claim_item(self, attempt: Attempt) -> pb.ClaimItem:
+        lease = max(min(attempt.remaining, 30.0), 0.0) + 2.0
+        return self._idempotency.claim_item(attempt.scope, attempt.fingerprints, attempt.command_id.bytes, lease)
 
     def _not_claimed(self, attempt: Attempt, error: Exception) -> None:
         self._claimed(attempt, None)
@@ -482,13 +480,11 @@ class Door:
             attempt.claimed = False
             self._idempotency.release(attempt.scope, attempt.command_id.bytes)
 
-    async def _look(self, attempt: Attempt, outcome: pb.ClaimOutcome, pause: float, call: Call) -> Answer | None:
-        """The answer for a key that is another's by its record.
+    async def _look(self, attempt: Attempt, outcome: pb.ClaimOutcome) -> Answer | None:
+        """The answer for a key that is another's by its record, if there is one.
 
-        None: a failover has lost what the record tells of; or its owner has had time, claim again.
-
-        Raises FailedPrecondition IDEMPOTENCY_KEY_REUSED, or Aborted IDEMPOTENCY_IN_PROGRESS when the owner has not
-        answered in time.
+        None: its owner is at work still, or a failover has lost what the record tells of. Raises FailedPrecondition
+        IDEMPOTENCY_KEY_REUSED.
         """
         kind = outcome.WhichOneof("outcome")
         if kind == "mismatch":
@@ -499,15 +495,19 @@ class Door:
                     raise _key_reused() from None
                 raise
         guard = await self._guard(attempt)  # busy: its owner may have died between COMMIT and Complete
-        if guard is not None:
-            return self.replay(attempt, guard)
-        if kind == "replay":
-            return None
-        if attempt.remaining < pause + MARGIN:
-            raise _in_progress(outcome.busy.lease_left_millis / 1000)
+        return None if guard is None else self.replay(attempt, guard)
+
+    async def _wait(self, attempt: Attempt, lease_left: float, call: Call) -> pb.ClaimOutcome | None:
+        """What a claim of the key says once its owner has gone, or after a while.
+
+        None: idempotency_svc is away. Raises Aborted IDEMPOTENCY_IN_PROGRESS.
+        """
+        seconds = min(attempt.remaining - MARGIN, AWAIT_SECONDS)
+        if seconds <= 0:
+            raise in_progress(lease_left)
+        attempt.claimed = True  # the claim may succeed after the caller has left
         with call.waiting():
-            await asyncio.sleep(pause)
-        return None
+            return await self._idempotency.wait(self._claim_item(attempt), seconds)
 
     async def _recorded(self, attempt: Attempt) -> Answer:
         """The key has another fingerprint in a place that does not decide: the guard does."""
@@ -783,6 +783,8 @@ class Door:
             log.warning("outcome unknown, sending again", commands=len(decided), error=str(error).strip())
             for attempt, _ in decided:
                 attempt.unsure = True
+                if attempt.claimed:
+                    self._idempotency.extend(attempt.scope, attempt.command_id.bytes, SETTLE_SECONDS)
             await asyncio.sleep(RESEND_PAUSE)
             await self._resend(decided, wait, until=until, collided=collided, unknown=True)
 
@@ -886,14 +888,6 @@ def _same(guard: Guard, attempt: Attempt) -> bool:
 def _key_reused() -> FailedPrecondition:
     return FailedPrecondition(
         "IDEMPOTENCY_KEY_REUSED", "This idempotency key was used with another request. Use a new key for a new request."
-    )
-
-
-def _in_progress(retry_after: float) -> Aborted:
-    return Aborted(
-        "IDEMPOTENCY_IN_PROGRESS",
-        "A call with this idempotency key is still under way. Retry with the same key.",
-        retry_after=max(retry_after, 0.1),
     )
 
 

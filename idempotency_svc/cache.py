@@ -17,7 +17,9 @@ from idempotency_svc.server import Script
 from svckit.errors import Unavailable
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Awaitable, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
 SCOPE_BYTES = 32
 NONCE_BYTES = 16
@@ -218,6 +220,13 @@ class Cache(Protocol):
         """
         ...
 
+    def signs(self, scope: bytes) -> AbstractAsyncContextManager[asyncio.Event]:
+        """While inside, should set the event when the record may be in progress no longer, and once at the beginning.
+
+        Any sign may be missing, among them those that come after another has begun to wait for signs of the scope.
+        """
+        ...
+
     async def complete(self, items: Sequence[CompleteItem]) -> list[Completed]:
         """Puts the answer into the record and sets its time to live.
 
@@ -336,6 +345,10 @@ class RedisCache:
         if unreadable:
             _UNREADABLE.inc(unreadable)
         return _within_limit(_in_place("claim", outcomes, places, len(items), AWAY))
+
+    def signs(self, scope: bytes) -> AbstractAsyncContextManager[asyncio.Event]:
+        """As Cache.signs."""
+        return self._link.signs(_key(scope))
 
     async def complete(self, items: Sequence[CompleteItem]) -> list[Completed]:
         """As Cache.complete."""

@@ -1,6 +1,7 @@
 -- Puts the answer of each item into its record, in order. A durable answer is committed in the database, which has
 -- decided: it is looked at before owner and fingerprint, and gives way to nothing but an earlier durable one. Not even to
 -- that one if its timeline is higher: then a failover lost what the earlier one was about.
+-- Who waits for the key is given a sign.
 -- ARGV[1], item by item: nonce 16 · ttl_millis 4 · flags 1 · code 1 · kinds 1 · tail length 4 · fingerprints · tail.
 -- Answers one byte for each item.
 
@@ -35,6 +36,7 @@ for i, key in ipairs(KEYS) do
   end
   if outcome == DONE or outcome == RESTORED then
     redis.call('SET', key, pack(COMPLETED, flags, code, record and record.epoch or 1, fingerprints, tail), 'PX', ttl)
+    if record and record.state == IN_PROGRESS then give_sign(key) end
   end
   outcomes[i] = string.char(outcome + unreadable)
 end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -18,7 +18,7 @@ from idempotency_svc.topology import SLOTS, parse
 from svckit.errors import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 
     from idempotency_svc.server import Script
     from idempotency_svc.topology import Span
@@ -145,6 +145,20 @@ class Link:
             )
             for key, places in by_key.items()
         ]
+
+    @asynccontextmanager
+    async def signs(self, key: bytes) -> AsyncIterator[asyncio.Event]:
+        """While inside, the event is set by each sign of the key, if the server that has it now is in use."""
+        event = asyncio.Event()
+        server = self._slots[key_slot(key) if self._topology.sharded else 0]
+        if server is None:
+            yield event
+            return
+        await server.signs.listen(key, event)
+        try:
+            yield event
+        finally:
+            await server.signs.forget(key, event)
 
     async def _ask(self, calls: Sequence[Call], deadline: float) -> None:
         """Has each call answered by the server of its slot; the servers work side by side."""

@@ -70,6 +70,12 @@ local function unpack_record(found)
   return record, 0
 end
 
+-- Tells who waits for a record in progress that it is no longer; the channel is called as its key. A user without the
+-- right to publish gives no signs: who waits looks by itself as well.
+local function give_sign(key)
+  redis.pcall('SPUBLISH', key, '')
+end
+
 -- Equal when any kind present on both sides is equal; without a common kind nothing says that they are equal.
 local function same_request(ours, theirs)
   if ours == theirs then return true end

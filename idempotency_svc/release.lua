@@ -1,5 +1,5 @@
 -- Gives each key back, in order, if its item's nonce owns it, or whoever does if it is forced; the record stays with its
--- fingerprints and its time to live.
+-- fingerprints and its time to live. Who waits for the key is given a sign.
 -- ARGV[1], item by item: nonce 16 · forced 1.
 -- Answers one byte for each item.
 
@@ -22,6 +22,7 @@ for i, key in ipairs(KEYS) do
     outcome = ALREADY
   else
     redis.call('SETRANGE', key, 1, string.char(RELEASED))
+    give_sign(key)
     outcome = DONE
   end
   outcomes[i] = string.char(outcome + unreadable)

@@ -106,6 +106,68 @@ class Call:
         self.error: Exception | None = None
 
 
+class Signs:
+    """What the scripts publish about keys: one subscription for each key, on a connection of its own.
+
+    That is made when it is first needed, and again when a key is listened to after it was lost. Until then signs are
+    missing. `connect` makes a connection to the server.
+    """
+
+    def __init__(self, connect: Callable[[], AbstractConnection]) -> None:
+        self._connect = connect
+        self._events: dict[bytes, asyncio.Event] = {}
+        self._connection: AbstractConnection | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    async def listen(self, key: bytes, event: asyncio.Event) -> None:
+        """Sets the event when the subscription stands, when a sign comes, and when the connection is lost."""
+        self._events[key] = event
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._read(), name="redis signs")
+        else:
+            await self._tell(b"SSUBSCRIBE", key)
+
+    async def forget(self, key: bytes, event: asyncio.Event) -> None:
+        """Ends that, unless another event has taken its place."""
+        if self._events.get(key) is event:
+            del self._events[key]
+            await self._tell(b"SUNSUBSCRIBE", key)
+
+    async def stop(self) -> None:
+        """Closes the connection."""
+        if self._reader is not None:
+            self._reader.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._reader
+
+    async def _tell(self, *command: bytes) -> None:
+        """A broken connection is the reader's to find."""
+        if self._connection is not None:
+            with suppress(RedisError, OSError):
+                await _send(self._connection, [_packed(*command)])
+
+    async def _read(self) -> None:
+        """Until the connection is lost, if there can be one."""
+        connection = self._connect()
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]
+            self._connection = connection
+            for key in tuple(self._events):
+                await self._tell(b"SSUBSCRIBE", key)
+            while True:
+                with suppress(ResponseError):  # the key is another server's, or must not be listened to
+                    _, key, *_ = await connection.read_response(disable_decoding=True)
+                    if event := self._events.get(key):
+                        event.set()
+        except (RedisError, OSError) as error:
+            ERRORS.labels(cause_of(error)).inc()
+        finally:
+            self._reader = self._connection = None
+            await connection.disconnect(nowait=True)
+            for event in self._events.values():
+                event.set()
+
+
 class ServerAway(Exception):  # noqa: N818
     """The error of a call that a server was not asked, or did not answer in time. It says why in one word."""
 
@@ -138,6 +200,7 @@ class Server:
         self.evicted = 0
         self.probe_key: bytes | None = None
         self.connect = connect
+        self.signs = Signs(connect)
         self._scripts = scripts
         self._in_cluster = in_cluster
         self._patience = PATIENCE * timeout
@@ -166,6 +229,7 @@ class Server:
                 await self._watcher
         self.cause = "stopped"
         self._known.set()
+        await self.signs.stop()
         await self._close_idle()
 
     async def run(self, calls: Sequence[Call], deadline: float, *, asking: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from idempotency_svc import cache
+from idempotency_svc.waiters import Waiters
 from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
 from svckit.errors import InvalidArgument, invalid_field
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from svckit.interceptors import Call
 
 _LARGEST_CODE = 16
+_LONGEST_WAIT_MILLIS = 30_000
 _NO_NONCE = bytes(cache.NONCE_BYTES)
 
 
@@ -22,38 +24,42 @@ class IdempotencyServicer:
 
     def __init__(self, records: cache.Cache) -> None:
         self._records = records
+        self._waiters = Waiters(records)
 
     async def Claim(self, request: pb.ClaimRequest, call: Call) -> bytes:
         """Takes keys, or says why not."""
         _check_count(len(request.items))
-        items = []
-        for index, item in enumerate(request.items):
-            scope, nonce, lease_millis, ttl_millis = item.scope, item.nonce, item.lease_millis, item.ttl_millis
-            _check_owner(index, scope, nonce)
-            _check_lease(index, lease_millis)
-            _check_ttl(index, ttl_millis)
-            fingerprints = _fingerprints(index, item.fingerprints)
-            items.append(cache.ClaimItem(scope, fingerprints, nonce, lease_millis, ttl_millis))
+        items = [_claim_item(f"items[{index}]", item) for index, item in enumerate(request.items)]
         return b"".join([_claim_answer(outcome) for outcome in await self._records.claim(items)])
+
+    async def Await(self, request: pb.AwaitRequest, call: Call) -> bytes:
+        """Takes a key once its owner has gone, or says why not."""
+        item = _claim_item("item", request.item)
+        if not 1 <= request.wait_millis <= _LONGEST_WAIT_MILLIS:
+            raise _invalid("wait_millis", request.wait_millis, f"must be 1 to {_LONGEST_WAIT_MILLIS}")
+        with call.waiting():
+            outcome = await self._waiters.wait(item, request.wait_millis / 1000)
+        return _claim_answer(outcome)  # a ClaimResponse of one outcome is an AwaitResponse
 
     async def Complete(self, request: pb.CompleteRequest, call: Call) -> bytes:
         """Stores answers."""
         _check_count(len(request.items))
         items = []
         for index, item in enumerate(request.items):
+            path = f"items[{index}]"
             scope, nonce, code, answer, ttl_millis = item.scope, item.nonce, item.code, item.answer, item.ttl_millis
-            _check_owner(index, scope, nonce)
+            _check_owner(path, scope, nonce)
             if not 0 <= code <= _LARGEST_CODE:
-                raise _invalid(f"items[{index}].code", code, f"must be 0 to {_LARGEST_CODE}")
+                raise _invalid(f"{path}.code", code, f"must be 0 to {_LARGEST_CODE}")
             if len(answer) > cache.LARGEST_ANSWER:
-                raise _invalid(f"items[{index}].answer", answer, f"must be at most {cache.LARGEST_ANSWER} bytes")
-            _check_ttl(index, ttl_millis)
+                raise _invalid(f"{path}.answer", answer, f"must be at most {cache.LARGEST_ANSWER} bytes")
+            _check_ttl(path, ttl_millis)
             durable, timeline, answer_omitted = item.durable, item.timeline, item.answer_omitted
             if timeline and not durable:
-                raise _invalid(f"items[{index}].timeline", timeline, "must be 0 unless durable")
+                raise _invalid(f"{path}.timeline", timeline, "must be 0 unless durable")
             if answer_omitted and (answer or not durable):
-                raise _invalid(f"items[{index}].answer_omitted", True, "must be durable and without an answer")
-            fingerprints = _fingerprints(index, item.fingerprints)
+                raise _invalid(f"{path}.answer_omitted", True, "must be durable and without an answer")
+            fingerprints = _fingerprints(f"{path}.fingerprints", item.fingerprints)
             items.append(
                 cache.CompleteItem(
                     scope, fingerprints, nonce, code, answer, ttl_millis, durable, timeline, answer_omitted
@@ -67,7 +73,7 @@ class IdempotencyServicer:
         items = []
         for index, item in enumerate(request.items):
             scope, nonce = item.scope, item.nonce or _NO_NONCE * item.forced
-            _check_owner(index, scope, nonce)
+            _check_owner(f"items[{index}]", scope, nonce)
             items.append(cache.ReleaseItem(scope, nonce, item.forced))
         return b"".join([_RELEASED[result] for result in await self._records.release(items)])
 
@@ -76,9 +82,9 @@ class IdempotencyServicer:
         _check_count(len(request.items))
         items = []
         for index, item in enumerate(request.items):
-            scope, nonce, lease_millis = item.scope, item.nonce, item.lease_millis
-            _check_owner(index, scope, nonce)
-            _check_lease(index, lease_millis)
+            path, scope, nonce, lease_millis = f"items[{index}]", item.scope, item.nonce, item.lease_millis
+            _check_owner(path, scope, nonce)
+            _check_lease(path, lease_millis)
             items.append(cache.ExtendItem(scope, nonce, lease_millis))
         return b"".join([_EXTENDED[result] for result in await self._records.extend(items)])
 
@@ -86,7 +92,7 @@ class IdempotencyServicer:
         """Tells of records."""
         _check_count(len(request.items))
         for index, item in enumerate(request.items):
-            _check_owner(index, item.scope, _NO_NONCE)
+            _check_owner(f"items[{index}]", item.scope, _NO_NONCE)
         response = pb.GetResponse()
         for record in await self._records.get([cache.GetItem(item.scope) for item in request.items]):
             outcome = response.outcomes.add()
@@ -100,26 +106,34 @@ def _check_count(count: int) -> None:
         raise _invalid("items", count, f"must be 1 to {cache.LARGEST_BATCH}")
 
 
-def _check_owner(index: int, scope: bytes, nonce: bytes) -> None:
+def _claim_item(path: str, item: pb.ClaimItem) -> cache.ClaimItem:
+    scope, nonce, lease_millis, ttl_millis = item.scope, item.nonce, item.lease_millis, item.ttl_millis
+    _check_owner(path, scope, nonce)
+    _check_lease(path, lease_millis)
+    _check_ttl(path, ttl_millis)
+    fingerprints = _fingerprints(f"{path}.fingerprints", item.fingerprints)
+    return cache.ClaimItem(scope, fingerprints, nonce, lease_millis, ttl_millis)
+
+
+def _check_owner(path: str, scope: bytes, nonce: bytes) -> None:
     if len(scope) != cache.SCOPE_BYTES:
-        raise _invalid(f"items[{index}].scope", scope, f"must be {cache.SCOPE_BYTES} bytes")
+        raise _invalid(f"{path}.scope", scope, f"must be {cache.SCOPE_BYTES} bytes")
     if len(nonce) != cache.NONCE_BYTES:
-        raise _invalid(f"items[{index}].nonce", nonce, f"must be {cache.NONCE_BYTES} bytes")
+        raise _invalid(f"{path}.nonce", nonce, f"must be {cache.NONCE_BYTES} bytes")
 
 
-def _check_lease(index: int, lease_millis: int) -> None:
+def _check_lease(path: str, lease_millis: int) -> None:
     if not 1 <= lease_millis <= cache.LONGEST_LEASE_MILLIS:
-        raise _invalid(f"items[{index}].lease_millis", lease_millis, f"must be 1 to {cache.LONGEST_LEASE_MILLIS}")
+        raise _invalid(f"{path}.lease_millis", lease_millis, f"must be 1 to {cache.LONGEST_LEASE_MILLIS}")
 
 
-def _check_ttl(index: int, ttl_millis: int) -> None:
+def _check_ttl(path: str, ttl_millis: int) -> None:
     if not 1 <= ttl_millis <= cache.LONGEST_TTL_MILLIS:
-        raise _invalid(f"items[{index}].ttl_millis", ttl_millis, f"must be 1 to {cache.LONGEST_TTL_MILLIS}")
+        raise _invalid(f"{path}.ttl_millis", ttl_millis, f"must be 1 to {cache.LONGEST_TTL_MILLIS}")
 
 
-def _fingerprints(index: int, given: Iterable[pb.Fingerprint]) -> cache.Fingerprints:
+def _fingerprints(path: str, given: Iterable[pb.Fingerprint]) -> cache.Fingerprints:
     fingerprints = tuple([(one.kind, one.digest) for one in given])
-    path = f"items[{index}].fingerprints"
     if not 1 <= len(fingerprints) <= cache.MOST_KINDS:
         raise _invalid(path, fingerprints, f"must be 1 to {cache.MOST_KINDS}")
     for place, (kind, digest) in enumerate(fingerprints):

@@ -6,9 +6,10 @@ import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -36,6 +37,7 @@ class Stub:
         self._url = url
         self.outcomes: list[str] = []
         self.claims: list[pb.ClaimItem] = []
+        self.extended: list[pb.ExtendItem] = []
         self.largest = 0
 
     def lose_all(self) -> None:
@@ -50,12 +52,22 @@ class Stub:
         self.outcomes += [outcome.WhichOneof("outcome") or "" for outcome in response.outcomes]
         return response
 
+    async def Await(self, request: pb.AwaitRequest, *, timeout: float) -> pb.AwaitResponse:
+        call: Any = SimpleNamespace(waiting=nullcontext)
+        response = pb.AwaitResponse.FromString(await self._servicer.Await(request, call))
+        self.outcomes.append(response.outcome.WhichOneof("outcome") or "")
+        return response
+
     async def Complete(self, request: pb.CompleteRequest, *, timeout: float) -> None:
         self.largest = max(self.largest, request.ByteSize())
         await self._servicer.Complete(request, None)  # type: ignore[arg-type]
 
     async def Release(self, request: pb.ReleaseRequest, *, timeout: float) -> None:
         await self._servicer.Release(request, None)  # type: ignore[arg-type]
+
+    async def Extend(self, request: pb.ExtendRequest, *, timeout: float) -> None:
+        self.extended += request.items
+        await self._servicer.Extend(request, None)  # type: ignore[arg-type]
 
 
 @pytest.fixture

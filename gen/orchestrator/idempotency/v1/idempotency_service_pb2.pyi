@@ -68,6 +68,58 @@ class ClaimResponse(_message.Message):
 Global___ClaimResponse: _TypeAlias = ClaimResponse  # noqa: Y015
 
 @_typing.final
+class AwaitRequest(_message.Message):
+    """The request of `Await`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_FIELD_NUMBER: _builtins.int
+    WAIT_MILLIS_FIELD_NUMBER: _builtins.int
+    wait_millis: _builtins.int
+    """Required. How long to wait at most, in milliseconds: 1 to 30000. The call's deadline should be later."""
+    @_builtins.property
+    def item(self) -> Global___ClaimItem:
+        """Required. The key to claim."""
+
+    def __init__(
+        self,
+        *,
+        item: Global___ClaimItem | None = ...,
+        wait_millis: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "wait_millis", b"wait_millis"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AwaitRequest: _TypeAlias = AwaitRequest  # noqa: Y015
+
+@_typing.final
+class AwaitResponse(_message.Message):
+    """The response of `Await`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcome(self) -> Global___ClaimOutcome:
+        """Output only. What became of the item."""
+
+    def __init__(
+        self,
+        *,
+        outcome: Global___ClaimOutcome | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AwaitResponse: _TypeAlias = AwaitResponse  # noqa: Y015
+
+@_typing.final
 class CompleteRequest(_message.Message):
     """The request of `Complete`."""
 

@@ -33,8 +33,8 @@ class IdempotencyServiceStub:
     system get.
 
     A record is absent; in progress, with an owner and the end of its lease; released; or completed, with
-    an answer that is durable or not. Every method takes 1 to 256 items and answers item by item, in their
-    order and at once: nothing waits for another owner. Items are treated one after another, each
+    an answer that is durable or not. Every method but `Await` takes 1 to 256 items and answers item by item,
+    in their order and at once: nothing waits for another owner. Items are treated one after another, each
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
@@ -62,6 +62,11 @@ class IdempotencyServiceStub:
                 '/orchestrator.idempotency.v1.IdempotencyService/Claim',
                 request_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ClaimRequest.SerializeToString,
                 response_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ClaimResponse.FromString,
+                _registered_method=True)
+        self.Await = channel.unary_unary(
+                '/orchestrator.idempotency.v1.IdempotencyService/Await',
+                request_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.AwaitRequest.SerializeToString,
+                response_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.AwaitResponse.FromString,
                 _registered_method=True)
         self.Complete = channel.unary_unary(
                 '/orchestrator.idempotency.v1.IdempotencyService/Complete',
@@ -93,8 +98,8 @@ class IdempotencyServiceServicer:
     system get.
 
     A record is absent; in progress, with an owner and the end of its lease; released; or completed, with
-    an answer that is durable or not. Every method takes 1 to 256 items and answers item by item, in their
-    order and at once: nothing waits for another owner. Items are treated one after another, each
+    an answer that is durable or not. Every method but `Await` takes 1 to 256 items and answers item by item,
+    in their order and at once: nothing waits for another owner. Items are treated one after another, each
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
@@ -123,6 +128,17 @@ class IdempotencyServiceServicer:
         - a record in progress is busy while another's lease lasts, and taken over when it is over.
 
         A claim that neither acquires nor takes over changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Await(self, request, context):
+        """Awaits a key that another owns: claims it as `Claim` does, but is not answered that it is busy before
+        `wait_millis` are over. When its owner releases it, or lets its lease end, exactly one of those who wait
+        becomes the owner, and the others go on waiting.
+
+        - `ABORTED`, `IDEMPOTENCY_IN_PROGRESS`: as many wait for this key as may. Retry after the `RetryInfo`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,6 +190,11 @@ def add_IdempotencyServiceServicer_to_server(servicer, server):
                     request_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ClaimRequest.FromString,
                     response_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ClaimResponse.SerializeToString,
             ),
+            'Await': grpc.unary_unary_rpc_method_handler(
+                    servicer.Await,
+                    request_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.AwaitRequest.FromString,
+                    response_serializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.AwaitResponse.SerializeToString,
+            ),
             'Complete': grpc.unary_unary_rpc_method_handler(
                     servicer.Complete,
                     request_deserializer=orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.CompleteRequest.FromString,
@@ -210,8 +231,8 @@ class IdempotencyService:
     system get.
 
     A record is absent; in progress, with an owner and the end of its lease; released; or completed, with
-    an answer that is durable or not. Every method takes 1 to 256 items and answers item by item, in their
-    order and at once: nothing waits for another owner. Items are treated one after another, each
+    an answer that is durable or not. Every method but `Await` takes 1 to 256 items and answers item by item,
+    in their order and at once: nothing waits for another owner. Items are treated one after another, each
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
@@ -246,6 +267,33 @@ class IdempotencyService:
             '/orchestrator.idempotency.v1.IdempotencyService/Claim',
             orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ClaimRequest.SerializeToString,
             orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.ClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Await(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orchestrator.idempotency.v1.IdempotencyService/Await',
+            orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.AwaitRequest.SerializeToString,
+            orchestrator_dot_idempotency_dot_v1_dot_idempotency__service__pb2.AwaitResponse.FromString,
             options,
             channel_credentials,
             insecure,

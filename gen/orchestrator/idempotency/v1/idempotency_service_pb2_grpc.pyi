@@ -34,8 +34,8 @@ class IdempotencyServiceStub:
     system get.
 
     A record is absent; in progress, with an owner and the end of its lease; released; or completed, with
-    an answer that is durable or not. Every method takes 1 to 256 items and answers item by item, in their
-    order and at once: nothing waits for another owner. Items are treated one after another, each
+    an answer that is durable or not. Every method but `Await` takes 1 to 256 items and answers item by item,
+    in their order and at once: nothing waits for another owner. Items are treated one after another, each
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
@@ -69,6 +69,13 @@ class IdempotencyServiceStub:
 
     A claim that neither acquires nor takes over changes nothing.
     """
+    Await: _grpc.UnaryUnaryMultiCallable[_idempotency_service_pb2.AwaitRequest, _idempotency_service_pb2.AwaitResponse]
+    """Awaits a key that another owns: claims it as `Claim` does, but is not answered that it is busy before
+    `wait_millis` are over. When its owner releases it, or lets its lease end, exactly one of those who wait
+    becomes the owner, and the others go on waiting.
+
+    - `ABORTED`, `IDEMPOTENCY_IN_PROGRESS`: as many wait for this key as may. Retry after the `RetryInfo`.
+    """
     Complete: _grpc.UnaryUnaryMultiCallable[_idempotency_service_pb2.CompleteRequest, _idempotency_service_pb2.CompleteResponse]
     """Completes keys: puts the answer into each record, to be replayed until its time to live is over.
 
@@ -101,8 +108,8 @@ class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
     system get.
 
     A record is absent; in progress, with an owner and the end of its lease; released; or completed, with
-    an answer that is durable or not. Every method takes 1 to 256 items and answers item by item, in their
-    order and at once: nothing waits for another owner. Items are treated one after another, each
+    an answer that is durable or not. Every method but `Await` takes 1 to 256 items and answers item by item,
+    in their order and at once: nothing waits for another owner. Items are treated one after another, each
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
@@ -132,6 +139,13 @@ class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
     - a record in progress is busy while another's lease lasts, and taken over when it is over.
 
     A claim that neither acquires nor takes over changes nothing.
+    """
+    Await: _aio.UnaryUnaryMultiCallable[_idempotency_service_pb2.AwaitRequest, _idempotency_service_pb2.AwaitResponse]  # type: ignore[assignment]
+    """Awaits a key that another owns: claims it as `Claim` does, but is not answered that it is busy before
+    `wait_millis` are over. When its owner releases it, or lets its lease end, exactly one of those who wait
+    becomes the owner, and the others go on waiting.
+
+    - `ABORTED`, `IDEMPOTENCY_IN_PROGRESS`: as many wait for this key as may. Retry after the `RetryInfo`.
     """
     Complete: _aio.UnaryUnaryMultiCallable[_idempotency_service_pb2.CompleteRequest, _idempotency_service_pb2.CompleteResponse]  # type: ignore[assignment]
     """Completes keys: puts the answer into each record, to be replayed until its time to live is over.
@@ -164,8 +178,8 @@ class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
     system get.
 
     A record is absent; in progress, with an owner and the end of its lease; released; or completed, with
-    an answer that is durable or not. Every method takes 1 to 256 items and answers item by item, in their
-    order and at once: nothing waits for another owner. Items are treated one after another, each
+    an answer that is durable or not. Every method but `Await` takes 1 to 256 items and answers item by item,
+    in their order and at once: nothing waits for another owner. Items are treated one after another, each
     atomically. Every method can be repeated with the same items, as after an answer that was lost. Times
     are the service's own, so that the clocks of its callers do not matter.
 
@@ -199,6 +213,19 @@ class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
         - a record in progress is busy while another's lease lasts, and taken over when it is over.
 
         A claim that neither acquires nor takes over changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def Await(
+        self,
+        request: _idempotency_service_pb2.AwaitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_idempotency_service_pb2.AwaitResponse, _abc.Awaitable[_idempotency_service_pb2.AwaitResponse]]:
+        """Awaits a key that another owns: claims it as `Claim` does, but is not answered that it is busy before
+        `wait_millis` are over. When its owner releases it, or lets its lease end, exactly one of those who wait
+        becomes the owner, and the others go on waiting.
+
+        - `ABORTED`, `IDEMPOTENCY_IN_PROGRESS`: as many wait for this key as may. Retry after the `RetryInfo`.
         """
 
     @_abc_1.abstractmethod
