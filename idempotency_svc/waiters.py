@@ -104,15 +104,15 @@ class Waiters:
         [found] = await self._records.claim([asked])
         if isinstance(found, Busy):
             return found.lease_left_millis / 1000
-        if not isinstance(found, Acquired | Takeover):
-            concerned = [outcome for outcome, item in line.items() if item.fingerprints == asked.fingerprints]
-        elif first.done():  # its caller has left meanwhile; the release is a sign to look again
-            await self._records.release([ReleaseItem(scope, asked.nonce)])
+        if isinstance(found, Acquired | Takeover):
+            if first.done():  # its caller has left meanwhile
+                await self._records.release([ReleaseItem(scope, asked.nonce)])
+                return 0.0
+            del line[first]
+            first.set_result(found)
             return math.inf
-        else:
-            concerned = [first]
-        for outcome in concerned:
+        for outcome in [outcome for outcome, item in line.items() if item.fingerprints == asked.fingerprints]:
             del line[outcome]
             if not outcome.done():
                 outcome.set_result(found)
-        return math.inf if concerned == [first] else 0.0
+        return 0.0
