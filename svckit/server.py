@@ -43,6 +43,10 @@ _OPTIONS: list[tuple[str, Any]] = [
     # A client multiplexes all its calls over one connection. What is over this limit waits in the client unseen, so it
     # stands above MAX_IN_FLIGHT's default: admission shall say no, at once and with a reason.
     ("grpc.max_concurrent_streams", 1024),
+    # Beyond 1000 calls that no handler has begun with, of all connections, gRPC by itself would answer some with a bare
+    # CANCELLED, which says "the caller gave up" and has no reason. In a burst there are that many for a moment.
+    ("grpc.server.max_pending_requests", 32768),
+    ("grpc.server.max_pending_requests_hard_limit", 65536),
     # A token may have 8 KiB; the rest of the metadata needs room beside it.
     ("grpc.max_metadata_size", 16384),
     ("grpc.absolute_max_metadata_size", 24576),

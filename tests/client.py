@@ -113,6 +113,12 @@ class Answer:
         return str(self.detail(error_details_pb2.ErrorInfo).reason)
 
     @property
+    def retry_after(self) -> float:
+        """Seconds that its RetryInfo asks for; 0 without one."""
+        delay = self.detail(error_details_pb2.RetryInfo).retry_delay
+        return float(delay.seconds + delay.nanos / 1e9)
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The metadata of its ErrorInfo."""
         return dict(self.detail(error_details_pb2.ErrorInfo).metadata)

@@ -224,6 +224,74 @@ async def test_busy_until_the_deadline_is_told(client: Client, stub: Stub) -> No
     assert await client.rows("select count(*) from sessions") == [(0,)]
 
 
+async def test_busy_is_answered_as_soon_as_the_owner_is(client: Client, stub: Stub) -> None:
+    """The other process' completion is a sign; before that nothing more than one wait a second is asked."""
+    item = await scope_item(client, stub, "k", a=1)
+    await foreign_claim(stub, item, lease_millis=60_000)
+    waiting = [asyncio.create_task(client.create("k", a=1)) for _ in range(10)]
+    while "busy" not in stub.outcomes[1:]:
+        await asyncio.sleep(0.01)
+    completion = pb.CompleteItem(
+        scope=item.scope,
+        fingerprints=item.fingerprints,
+        nonce=item.nonce,
+        answer=b"told",
+        ttl_millis=60_000,
+        durable=True,
+        timeline=client.database.timeline,
+    )
+    await stub.Complete(pb.CompleteRequest(items=[completion]), timeout=1)
+    assert await asyncio.gather(*waiting) == ["told replayed"] * 10
+    assert stub.outcomes[-1] == "replay"
+    assert await client.rows("select count(*) from sessions") == [(0,)]
+
+
+async def test_a_caller_that_leaves_while_it_waits_hands_the_key_on(client: Client, stub: Stub) -> None:
+    item = await scope_item(client, stub, "k", a=1)
+    await foreign_claim(stub, item, lease_millis=60_000)
+    leaving, staying = (asyncio.create_task(client.create("k", a=1)) for _ in range(2))
+    while "busy" not in stub.outcomes[1:]:
+        await asyncio.sleep(0.01)
+    leaving.cancel()
+    await stub.Release(pb.ReleaseRequest(items=[pb.ReleaseItem(scope=item.scope, nonce=item.nonce)]), timeout=1)
+    assert not (await staying).endswith("replayed")
+    assert await client.rows("select count(*) from sessions") == [(1,)]
+
+
+async def test_no_more_than_may_wait_here_do(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutation, "MAX_FOLLOWERS", 3)
+    with a_write_under_way(monkeypatch) as there:
+        tasks = [asyncio.create_task(client.create("k", a=1)) for _ in range(10)]
+        await there.wait()
+        refused = await asyncio.gather(*tasks[4:], return_exceptions=True)
+    for error in refused:
+        assert isinstance(error, Aborted)
+        assert error.reason == "IDEMPOTENCY_IN_PROGRESS"
+        assert error.retry_after is not None
+    told = {answer.removesuffix(" replayed") for answer in await asyncio.gather(*tasks[:4])}
+    assert len(told) == 1
+
+
+async def test_what_is_sent_again_keeps_its_key(client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take longer than its caller had, and than its lease."""
+    lost = iter([True])
+
+    async def losing(*args: Any, **kwargs: Any) -> Any:
+        outcome = await write(*args, **kwargs)
+        if next(lost, False):
+            raise psycopg.OperationalError("the answer is lost")
+        return outcome
+
+    monkeypatch.setattr(mutation, "write", losing)
+    await client.create("k", seconds=1, a=1)
+    await completed()
+    assert stub.claims[-1].lease_millis <= 3000
+    [extended] = stub.extended
+    assert (extended.scope, extended.nonce) == (stub.claims[-1].scope, stub.claims[-1].nonce)
+    assert extended.lease_millis == mutation.SETTLE_SECONDS * 1000
+    assert await client.rows("select count(*) from sessions") == [(1,)]
+
+
 async def test_busy_looks_at_the_guard_first(client: Client, stub: Stub) -> None:
     """Its owner may have died between COMMIT and Complete."""
     first = await client.create("k", a=1)

@@ -296,6 +296,54 @@ async def test_batches_have_a_size(controller: Agent, item: Callable[[], Any]) -
         assert answer.fields == ["items"]
 
 
+async def test_a_wait_ends_with_the_owner_or_with_its_time(controller: Agent) -> None:
+    scope = os.urandom(32)
+    await controller.ask(request(claim(scope)))
+    item = claim(scope, os.urandom(16))
+    short = await controller.ask(pb.AwaitRequest(item=item, wait_millis=20))
+    assert short.response.outcome.busy.lease_left_millis > 0
+    waiting = [
+        asyncio.create_task(controller.ask(pb.AwaitRequest(item=claim(scope, os.urandom(16)), wait_millis=30_000)))
+        for _ in range(20)
+    ]
+    await asyncio.sleep(0.1)
+    await controller.ask(request(completion(scope)))
+    told = {answer.body for answer in await asyncio.gather(*waiting)}
+    replay = pb.ClaimOutcome(replay=pb.ClaimOutcome.Replay(answer=b"answer"))
+    assert told == {pb.AwaitResponse(outcome=replay).SerializeToString()}
+
+
+async def test_a_key_that_is_free_is_not_waited_for(controller: Agent) -> None:
+    answer = await controller.ask(pb.AwaitRequest(item=claim(os.urandom(32)), wait_millis=30_000))
+    assert answer.response.outcome.acquired.epoch == 1
+
+
+async def test_a_caller_that_leaves_while_it_waits_does_not_become_the_owner(controller: Agent) -> None:
+    scope = os.urandom(32)
+    await controller.ask(request(claim(scope)))
+    gone = await controller.ask(pb.AwaitRequest(item=claim(scope, b"g" * 16), wait_millis=30_000), timeout=0.2)
+    assert gone.code.name == "DEADLINE_EXCEEDED"
+    await controller.ask(request(release(scope)))
+    [next_] = (await controller.ask(request(claim(scope, os.urandom(16))))).response.outcomes
+    assert next_.acquired.epoch == 2
+
+
+@pytest.mark.parametrize("wait,field,reason", [
+    (pb.AwaitRequest(wait_millis=1), "item.scope", "FIELD_REQUIRED"),
+    (pb.AwaitRequest(item=claim(nonce=b"n"), wait_millis=1), "item.nonce", "FIELD_INVALID"),
+    (pb.AwaitRequest(item=claim(fingerprints=[]), wait_millis=1), "item.fingerprints", "FIELD_REQUIRED"),
+    (pb.AwaitRequest(item=claim(ttl_millis=0), wait_millis=1), "item.ttl_millis", "FIELD_REQUIRED"),
+    (pb.AwaitRequest(item=claim()), "wait_millis", "FIELD_REQUIRED"),
+    (pb.AwaitRequest(item=claim(), wait_millis=30_001), "wait_millis", "FIELD_INVALID"),
+])  # fmt: skip
+async def test_a_bad_wait_is_refused_and_names_the_field(
+    controller: Agent, wait: pb.AwaitRequest, field: str, reason: str
+) -> None:
+    answer = await controller.ask(wait)
+    assert answer.refusal == ("INVALID_ARGUMENT", reason)
+    assert answer.fields == [field]
+
+
 async def test_requests_over_4_mib_are_refused(controller: Agent) -> None:
     answer = await controller.ask(request(*[completion(answer=b"a" * (2 << 20))] * 2))
     assert answer.refusal == ("RESOURCE_EXHAUSTED", "REQUEST_TOO_LARGE")
@@ -319,8 +367,9 @@ async def test_only_the_controller_may_call(
     }
     for token, reason in refused.items():
         agent = Agent(shared.target, token)
-        for item in (claim(), completion(), release(), extension(), question()):
-            assert (await agent.ask(request(item))).refusal == ("UNAUTHENTICATED", reason)
+        asked = [request(item) for item in (claim(), completion(), release(), extension(), question())]
+        for message in (*asked, pb.AwaitRequest(item=claim(), wait_millis=1)):
+            assert (await agent.ask(message)).refusal == ("UNAUTHENTICATED", reason)
         await agent.close()
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
-from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
 from tests.client import PLANNER, WORKER, Agent, Answer, Tenant, struct
 from tests.system.conftest import World
+from tests.system.metrics import sample
 
 UNKNOWN = "01900000-0000-7000-8000-000000000000"
 
@@ -47,17 +46,10 @@ def named(world: World, tenant: Tenant) -> Counter[str]:
 def groups_above(world: World, size: int) -> float:
     """How many groups of writes with more commands than this the controller has sent."""
     port = world.pair.metrics_ports["controller"]
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-        f"http://127.0.0.1:{port}/metrics"
-    ) as answer:
-        text = answer.read().decode()
-    buckets = {
-        sample.labels["le"]: sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == "orchestrator_group_size_bucket" and sample.labels["queue"] == "write"
-    }
-    return buckets["+Inf"] - buckets[f"{size:.1f}"]
+    all_, small = (
+        sample(port, "orchestrator_group_size_bucket", queue="write", le=bound) for bound in ("+Inf", f"{size:.1f}")
+    )
+    return all_ - small
 
 
 @contextmanager
