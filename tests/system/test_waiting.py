@@ -1,4 +1,4 @@
-"""Many callers of one key, on several controllers: one effect, one owner at a time, and nobody is told anything else."""
+"""Many callers of one key, on several controllers: one effect, one owner at a time, one answer."""
 
 from __future__ import annotations
 
@@ -112,6 +112,7 @@ async def test_owner_dies_while_others_wait(rounds: int, world: World, tenant: T
     owner, *others = agents_of(tenant, world, connections=2)
     idempotency = world.pair.metrics_ports["idempotency"]
     failpoints = world.pair.failpoints["controller"]
+    started = len(failpoints.hits)
 
     def takeovers() -> float:
         return sample(idempotency, "orchestrator_idempotency_outcomes_total", step="claim", outcome="takeover")
@@ -119,10 +120,10 @@ async def test_owner_dies_while_others_wait(rounds: int, world: World, tenant: T
     for number in range(rounds):
         for agent in (owner, *others):
             await replays(agent)
-        key, before, hits = secrets.token_hex(8), takeovers(), len(failpoints.hits)
+        key, before = secrets.token_hex(8), takeovers()
         failpoints.arm("before-write", "kill", seconds=0.3)
         dying = asyncio.create_task(owner.ask(REQUEST, key=key, timeout=1))
-        await eventually(lambda hits=hits: len(failpoints.hits) > hits)
+        await eventually(lambda: len(failpoints.hits) == started + number + 1)  # noqa: B023 - awaited here
         waiting = [asyncio.create_task(agent.ask(REQUEST, key=key)) for _ in range(50) for agent in others]
         assert not (await dying).ok
         answers = await asyncio.gather(*waiting)
