@@ -78,8 +78,8 @@ AWAIT_SECONDS = 1.0
 """Between two looks at the guard of a key that somebody else owns."""
 MAX_FOLLOWERS = 1000
 """Callers of one key that wait in this process for the one at work."""
-ANNOUNCE_SECONDS = 0.005
-"""After which a call under way is announced by its claim, unless it claims first. Most calls alone are done by then."""
+ANNOUNCE_SECONDS = 0.1
+"""After which a call under way is announced by its claim, unless it claims first. Most are done by then."""
 CLAIM_FIRST = 0.1
 """The share of replays among the answers above which a call waits for its claim before it begins."""
 CLAIM_AHEAD = 0.02
@@ -145,6 +145,7 @@ class Attempt:
     unsure: bool = False
     """Sent once without an answer, and no guard looked for since."""
     overdue: asyncio.TimerHandle | None = None
+    announcement: asyncio.TimerHandle | None = None
     collisions: int = 0
     followers: list[asyncio.Future[Answer | None]] = field(default_factory=list)
 
@@ -212,7 +213,7 @@ class Door:
         self._owners: dict[bytes, Attempt] = {}
         self._claims: Groups[Attempt] = Groups("claim", self._claim, self._not_claimed, max_size=96)
         self._announcements: Groups[Attempt] = Groups(
-            "announce", self._announce, self._not_announced, max_size=128, gather=ANNOUNCE_SECONDS, eager=False
+            "announce", self._announce, self._not_announced, max_size=128, gather=0.01, eager=False
         )
         self.replayed = 0.0
         """The share of replays among the last fifty answers or so."""
@@ -401,7 +402,7 @@ class Door:
         elif self.replayed > CLAIM_FIRST or not self._database.ready:
             self._claims.put(attempt)
         else:
-            self._announcements.put(attempt)
+            attempt.announcement = self._loop.call_later(ANNOUNCE_SECONDS, self._announcements.put, attempt)
             self._go(attempt)
 
     def _go(self, attempt: Attempt) -> None:
@@ -859,6 +860,8 @@ class Door:
         attempt.settled = True
         if attempt.overdue is not None:
             attempt.overdue.cancel()
+        if attempt.announcement is not None:
+            attempt.announcement.cancel()
         self._slots.give_back(attempt)
         if self._owners.get(attempt.scope) is attempt:
             del self._owners[attempt.scope]
