@@ -537,7 +537,7 @@ class Door:
         """Has the guard's answer kept where it is found faster: at idempotency_svc, and an OK in this process too."""
         ttl = self.lifetimes.of_record(code, guard_left)
         timeline = attempt.timeline
-        if code == 0:
+        if code == 0 and ttl > 0:
             self._near.put(attempt.scope, fingerprints, answer, expires=self._loop.time() + ttl, timeline=timeline)
         self._idempotency.complete(
             attempt.scope,

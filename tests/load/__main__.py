@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import resource
 import sys
 import time
@@ -13,7 +14,7 @@ import psycopg
 
 from deploy.local.processes import LocalError
 from tests.load.calls import ECHOES
-from tests.load.probes import cpu_seconds, group_sizes, hardware
+from tests.load.probes import cpu_seconds, group_sizes, hardware, sizes
 from tests.load.stack import Stack, running
 from tests.load.table import LEGEND, Row, add_groups, errors, summary, table, write
 from tests.load.tools import GHZ_INSTALL, Aio, Ghz, Pgbench, Stretch, find_ghz, find_pgbench
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with running() as stack, ExitStack() as cleanup:
             machine = hardware(stack.database_url, stack.redis_url)
             rows, notes = _rows(stack, options, cleanup)
+            notes += asyncio.run(sizes(stack.database_url, stack.redis_url))
     except LocalError as error:
         _say(str(error))
         return 2

@@ -15,6 +15,7 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local.processes import LocalError
+from idempotency_svc.cache import CompleteItem, RedisCache
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -40,6 +41,10 @@ def cpu_seconds(pids: Mapping[str, int | None]) -> dict[str, float]:
     return {name: total(pid) for name, pid in pids.items() if pid is not None}
 
 
+_RECORDS = 65536
+_ANSWER = 256
+
+
 class Groups(NamedTuple):
     """How many groups a queue has formed, of how many items together."""
 
@@ -60,6 +65,43 @@ def group_sizes(metrics_url: str) -> dict[str, Groups]:
             for sample in family.samples:
                 values.setdefault(sample.labels["queue"], {})[sample.name.rpartition("_")[2]] = sample.value
     return {queue: Groups(parts["sum"], parts["count"]) for queue, parts in values.items()}
+
+
+async def sizes(database_url: str, redis_url: str) -> list[str]:
+    """What is kept of a key, in bytes. Forgets all that Redis has; the guards are those of the rows measured."""
+    with psycopg.connect(database_url) as connection:
+        row = connection.execute(
+            "SELECT pg_total_relation_size('idempotency_guards') / greatest(count(*), 1), avg(length(answer))"
+            " FROM idempotency_guards"
+        ).fetchone()
+    assert row is not None
+    cache = RedisCache(redis_url, timeout=10)
+    await cache.start()
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushdb()
+        before = client.info("memory")["used_memory"]
+        for _ in range(_RECORDS // 256):
+            await cache.complete([_record() for _ in range(256)])
+        record = (client.info("memory")["used_memory"] - before) / _RECORDS
+        client.flushdb()
+    await cache.stop()
+    return [
+        f"A record with an answer of {_ANSWER} bytes takes {record:.0f} bytes of Redis, with key and expiry.",
+        f"A guard takes {row[0]} bytes of Postgres with its indexes; its answer has {row[1] or 0:.0f} on average.",
+    ]
+
+
+def _record() -> CompleteItem:
+    return CompleteItem(
+        scope=os.urandom(32),
+        fingerprints=((2, os.urandom(32)), (3, os.urandom(32))),
+        nonce=os.urandom(16),
+        code=0,
+        answer=os.urandom(_ANSWER),
+        ttl_millis=3_600_000,
+        durable=True,
+        timeline=1,
+    )
 
 
 def hardware(database_url: str, redis_url: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,8 @@ def test_one_run_measures_everything() -> None:
     share = rows["aio", "create", "64"]["of echo"]
     assert f"aio: CreateSession at 64 in flight reaches {share} of the bare echo, " in ended.stdout
     assert " cores (" in ended.stdout
+    assert re.search(r"A record with an answer of 256 bytes takes \d+ bytes of Redis", ended.stdout)
+    assert re.search(r"A guard takes \d+ bytes of Postgres with its indexes", ended.stdout)
 
 
 def test_a_missing_tool_and_a_failed_call_are_said(
