@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 import redis.asyncio
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
+from deploy.local.processes import ROOT
 from idempotency_svc import waiters
-from idempotency_svc.cache import Acquired, Busy, ClaimItem, Mismatch, RedisCache, Replay, Takeover
+from idempotency_svc.cache import Acquired, Busy, ClaimItem, ExtendItem, GetItem, Mismatch, RedisCache, Replay, Takeover
 from idempotency_svc.waiters import Waiters
 from svckit.errors import Aborted, Unavailable
 from tests.contract.test_cache import (
@@ -278,3 +280,25 @@ async def test_ten_thousand_wait_for_a_thousand_keys(
     told = await asyncio.gather(*tasks)
     assert told == [Replay(0, scope, False) for scope in scopes for _ in range(10)]
     await subscribed(admin, 0)
+
+
+async def test_the_rights_that_the_documentation_names_suffice(own: RedisCache, server: Valkey) -> None:
+    text = (ROOT / "docs" / "IDEMPOTENCY.md").read_text()
+    rights = text.partition("a user with `")[2].partition("`")[0].split()
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        await client.execute_command("ACL", "SETUSER", "app", "on", ">pw", "-@all", *rights)  # type: ignore[no-untyped-call]
+        with capture_logs() as logs:
+            app = RedisCache(f"redis://app:pw@{server.url.rpartition('@')[2]}", timeout=1)
+            await app.start()
+        assert [line["event"] for line in logs] == ["redis_ready"]
+        scope = new_scope()
+        await claim(app, scope, OWNER)
+        [task] = await stand(Waiters(app), [ask(scope)])
+        await subscribed(client)
+        await complete(app, scope, OWNER)
+        assert await task == Replay(0, b"answer", False)
+        await app.get([GetItem(scope)])
+        await app.extend([ExtendItem(scope, OWNER, 1000)])
+        await release(app, scope, OWNER)
+        assert await client.acl_log() == []
+        await app.stop()

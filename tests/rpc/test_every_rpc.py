@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
@@ -272,3 +273,55 @@ async def test_a_tenant_must_be_named(callers: Callers) -> None:
     for name in CONTROLLER:
         answer = await callers.ask(METHODS[name], callers.user(*ALL_PERMISSIONS, tenant=None))
         assert answer.refusal == ("PERMISSION_DENIED", "TENANT_MISSING")
+
+
+async def test_every_guarded_rpc_leaves_a_guard_and_is_replayed(agent: Agent, tenant: Tenant, tables: Tables) -> None:
+    """Each with a key of its own: the second time the same bytes, and nothing more is written."""
+    guarded = {
+        name
+        for name, method in METHODS.items()
+        if method.GetOptions().Extensions[options_pb2.policy].write == options_pb2.WRITE_MODE_GUARDED
+    }
+    done = set()
+
+    async def twice(request: Message) -> Any:
+        method = next(name for name in guarded if METHODS[name].input_type is request.DESCRIPTOR)
+        guards, key = tables.guards(tenant.name), secrets.token_hex(8)
+        first = await agent.ask(request, key=key)
+        assert first.ok, f"{first}"
+        assert not first.replayed
+        assert tables.guards(tenant.name) == guards + 1, method
+        with tables.unchanged(tenant.name):
+            again = await agent.ask(request, key=key)
+        assert again.replayed, method
+        assert again.body == first.body
+        done.add(method)
+        return first.response
+
+    async def a_task() -> str:
+        route = tasks_pb.RouteTaskRequest(session_id=session, type="ROUTING", target_role=WORKER)
+        return str((await twice(route)).task.id)
+
+    async def a_claim() -> dict[str, Any]:
+        await a_task()
+        [claimed] = (await twice(tasks_pb.ClaimTasksRequest(role=WORKER, max_tasks=1))).tasks
+        return {"task_id": claimed.task.id, "lease_id": claimed.lease_id}
+
+    session = (await twice(sessions_pb.CreateSessionRequest(agent_role=PLANNER))).session.id
+    await twice(
+        sessions_pb.UpdateSessionRequest(
+            session_id=session, metadata=struct({"a": 1}), update_mask=FieldMask(paths=["metadata"])
+        )
+    )
+    await twice(tasks_pb.CancelTaskRequest(task_id=await a_task()))
+    await twice(tasks_pb.CompleteTaskRequest(**await a_claim()))
+    await twice(tasks_pb.FailTaskRequest(**await a_claim(), error=tasks_pb.TaskError(code="X", non_retryable=True)))
+    await twice(tasks_pb.ReleaseTaskRequest(**await a_claim()))
+    await twice(sessions_pb.ActivateSessionRequest(session_id=session))
+    await twice(sessions_pb.PauseSessionRequest(session_id=session))
+    await twice(sessions_pb.ResumeSessionRequest(session_id=session))
+    await twice(sessions_pb.CompleteSessionRequest(session_id=session))
+    session = (await twice(sessions_pb.CreateSessionRequest(agent_role=PLANNER))).session.id
+    await twice(sessions_pb.ActivateSessionRequest(session_id=session))
+    await twice(sessions_pb.FailSessionRequest(session_id=session))
+    assert done == guarded, "a new method belongs here"
