@@ -39,6 +39,8 @@ _SECONDS = Histogram(
 
 PATIENCE = 5
 """How many times longer than a call a probe waits, before a silent server counts as away."""
+TELL_SECONDS = 1.0
+"""How long a subscription may take to be sent."""
 _PROBE_UP_SECONDS = 1.0
 _PROBE_DOWN_SECONDS = 0.2
 _CONNECTIONS = 32
@@ -141,10 +143,17 @@ class Signs:
                 await self._reader
 
     async def _tell(self, *command: bytes) -> None:
-        """A broken connection is the reader's to find."""
-        if self._connection is not None:
-            with suppress(RedisError, OSError):
+        """A broken connection is the reader's to find. One that takes no more bytes is broken, too."""
+        if self._connection is None:
+            return
+        try:
+            async with asyncio.timeout(TELL_SECONDS):
                 await _send(self._connection, [_packed(*command)])
+        except TimeoutError:
+            if self._reader is not None:
+                self._reader.cancel()
+        except (RedisError, OSError):
+            pass
 
     async def _read(self) -> None:
         """Until the connection is lost, if there can be one."""

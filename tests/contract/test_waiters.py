@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
 import redis.asyncio
 from prometheus_client import REGISTRY
+from redis.asyncio.connection import Connection
 from structlog.testing import capture_logs
 
 from deploy.local.processes import ROOT
 from idempotency_svc import waiters
 from idempotency_svc.cache import Acquired, Busy, ClaimItem, ExtendItem, GetItem, Mismatch, RedisCache, Replay, Takeover
+from idempotency_svc.server import Signs
 from idempotency_svc.waiters import Waiters
 from svckit.errors import Aborted, Unavailable
 from tests.contract.test_cache import (
@@ -280,6 +283,22 @@ async def test_ten_thousand_wait_for_a_thousand_keys(
     told = await asyncio.gather(*tasks)
     assert told == [Replay(0, scope, False) for scope in scopes for _ in range(10)]
     await subscribed(admin, 0)
+
+
+async def test_a_connection_for_signs_that_takes_no_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a black hole: who begins to wait must not stand there for ever."""
+    monkeypatch.setattr("idempotency_svc.server.TELL_SECONDS", 0.2)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        signs = Signs(lambda: Connection(port=listener.getsockname()[1], protocol=2, driver_info=None))
+        event = asyncio.Event()
+        async with asyncio.timeout(60):
+            await signs.listen(b"first", event)
+            for _ in range(60):
+                await signs.listen(os.urandom(1 << 20), asyncio.Event())
+            await event.wait()  # it is set when the connection is lost
+        await signs.stop()
 
 
 async def test_the_rights_that_the_documentation_names_suffice(own: RedisCache, server: Valkey) -> None:
