@@ -254,6 +254,7 @@ class Claims:
 
         Raises Unavailable OUTCOME_UNKNOWN.
         """
+        self._door.keep_claim(attempt)
         loop = asyncio.get_running_loop()
         until = loop.time() + RESEND_SECONDS
         while True:

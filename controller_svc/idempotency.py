@@ -36,6 +36,8 @@ CLAIM_SECONDS = 0.05
 AWAIT_MARGIN = 0.25
 """Seconds beyond its wait after which an Await counts as lost."""
 COMPLETE_SECONDS = 2.0
+RELEASE_AGAIN_SECONDS = 1.0
+"""After which a release is told once more whose part of Redis was away."""
 COMPLETE_GATHER = 0.02
 """Seconds a completion waits for company. Who asks meanwhile finds the guard."""
 PROBE_SECONDS = 0.5
@@ -43,8 +45,8 @@ PROBE_TIMEOUT = 0.25
 MAX_PENDING = 10_000
 MAX_PENDING_BYTES = 64 << 20
 """Completions, releases and extensions that may wait. Past it they are dropped: the guard answers instead."""
-MAX_BATCH_BYTES = 3 << 20
-"""Of one Complete; idempotency_svc takes 4 MiB."""
+MAX_BATCH_BYTES = 256 << 10
+"""Of one Complete, unless one answer is larger: idempotency_svc compresses it in 4 ms, while claims wait."""
 MAX_ANSWER_BYTES = 64 << 10
 """Of one answer in Redis; a larger one is replayed from its guard."""
 _AWAY = frozenset(
@@ -86,12 +88,12 @@ def idempotency_key(values: Sequence[str]) -> str | None:
     return key
 
 
-def in_progress(retry_after: float = 0.0) -> Aborted:
-    """What a caller is told that cannot wait for the owner of its key any longer."""
+def in_progress() -> Aborted:
+    """What a caller is told that cannot wait for the owner of its key any longer, which most often is done soon."""
     return Aborted(
         "IDEMPOTENCY_IN_PROGRESS",
         "A call with this idempotency key is still under way. Retry with the same key.",
-        retry_after=max(retry_after, random.uniform(0.1, 1.0)),  # noqa: S311 - lest they come back together
+        retry_after=random.uniform(0.5, 1.5),  # noqa: S311 - lest they come back together
     )
 
 
@@ -241,30 +243,48 @@ class Idempotency:
     async def _end(self, group: list[_End]) -> None:
         assert self._stub is not None
         self._pending_bytes -= sum(end.size for end in group)
-        batch: list[pb.CompleteItem] = []
+        batch: list[_End] = []
         size = 0
         for end in group:
             if end.complete is not None:
-                if size + end.size > MAX_BATCH_BYTES:
-                    await self._tell(self._stub.Complete, pb.CompleteRequest(items=batch))
+                if batch and size + end.size > MAX_BATCH_BYTES:
+                    await self._complete(batch)
                     batch, size = [], 0
-                batch.append(end.complete)
+                batch.append(end)
                 size += end.size
         if batch:
-            await self._tell(self._stub.Complete, pb.CompleteRequest(items=batch))
-        releases = [end.release for end in group if end.release is not None]
+            await self._complete(batch)
+        releases = [end for end in group if end.release is not None]
         if releases:
-            await self._tell(self._stub.Release, pb.ReleaseRequest(items=releases))
-        extensions = [end.extend for end in group if end.extend is not None]
+            request = pb.ReleaseRequest(items=[end.release for end in releases])
+            for end in await self._tell(self._stub.Release, request, releases):
+                if not end.again:  # a claim that was on its way may arrive yet
+                    again = _End(release=end.release, again=True)
+                    asyncio.get_running_loop().call_later(RELEASE_AGAIN_SECONDS, self._later, again)
+        extensions = [end for end in group if end.extend is not None]
         if extensions:
-            await self._tell(self._stub.Extend, pb.ExtendRequest(items=extensions))
+            request = pb.ExtendRequest(items=[end.extend for end in extensions])
+            await self._tell(self._stub.Extend, request, extensions)
 
-    async def _tell(self, rpc: Any, request: pb.CompleteRequest | pb.ReleaseRequest | pb.ExtendRequest) -> None:
+    async def _complete(self, batch: list[_End]) -> None:
+        assert self._stub is not None
+        await self._tell(self._stub.Complete, pb.CompleteRequest(items=[end.complete for end in batch]), batch)
+
+    async def _tell(self, rpc: Any, request: Any, ends: Sequence[_End]) -> list[_End]:
+        """Those of the ends whose part of Redis is away; none when idempotency_svc itself is."""
         try:
-            await rpc(request, timeout=COMPLETE_SECONDS)
+            response = await rpc(request, timeout=COMPLETE_SECONDS)
         except grpc.aio.AioRpcError as error:
-            DROPPED.inc(len(request.items))
+            DROPPED.inc(len(ends))
             self._failed(error)
+            return []
+        away = [
+            end
+            for end, outcome in zip(ends, response.outcomes, strict=True)
+            if outcome.result == type(outcome).RESULT_AWAY
+        ]
+        DROPPED.inc(len(away))
+        return away
 
     # -- breaker --
 
@@ -322,5 +342,7 @@ class _End:
     complete: pb.CompleteItem | None = None
     release: pb.ReleaseItem | None = None
     extend: pb.ExtendItem | None = None
+    again: bool = False
+    """It was told before, in vain."""
     size: int = 128
     """About its bytes on the wire."""

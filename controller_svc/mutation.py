@@ -134,8 +134,12 @@ class Attempt:
     not_after: Any = None
     timeline: int = 0
     """Of the connection on which its guard was last written or read."""
+    earlier_fingerprint: bytes = b""
+    """Of kind 1, packed: claimed with as well, once a record turned out to have no other kind in common."""
     claimed: bool = False
     """The key may be ours at idempotency_svc."""
+    key_busy: bool = False
+    """Another call with the key was met in Postgres."""
     given_up: bool = False
     """Nothing was written and nothing will be: a claim that is on its way still is to be released."""
     alone: bool = False
@@ -147,7 +151,8 @@ class Attempt:
     overdue: asyncio.TimerHandle | None = None
     announcement: asyncio.TimerHandle | None = None
     collisions: int = 0
-    followers: list[asyncio.Future[Answer | None]] = field(default_factory=list)
+    followers: dict[asyncio.Future[Answer | None], None] = field(default_factory=dict)
+    """In order of arrival."""
 
     @property
     def remaining(self) -> float:
@@ -345,7 +350,7 @@ class Door:
             try:
                 answer = await self._look(attempt, result)
                 if answer is None and result.WhichOneof("outcome") == "busy":
-                    outcome = await self._wait(attempt, result.busy.lease_left_millis / 1000, call)
+                    outcome = await self._wait(attempt, call)
             except BaseException as error:
                 self.give_up(attempt, error if isinstance(error, ServiceError) else _gone())
                 raise
@@ -353,10 +358,13 @@ class Door:
                 self.settle(attempt, answer)
                 return answer
             attempt.result = self._loop.create_future()
-            if result.WhichOneof("outcome") == "busy":
-                self._claimed(attempt, outcome)
-            else:
-                self._go(attempt)
+            match result.WhichOneof("outcome"):
+                case "busy":
+                    self._claimed(attempt, outcome)
+                case "mismatch":
+                    self._claims.put(attempt)
+                case _:
+                    self._go(attempt)
 
     async def _replay_near(self, group: list[tuple[Attempt, Answer]]) -> None:
         """Answers together what needs no work at all: sending answers one by one costs more than finding them."""
@@ -381,13 +389,15 @@ class Door:
         if len(owner.followers) >= MAX_FOLLOWERS:
             raise in_progress()
         follower: asyncio.Future[Answer | None] = self._loop.create_future()
-        owner.followers.append(follower)
         with call.waiting():
+            owner.followers[follower] = None
             try:
                 async with asyncio.timeout(max(attempt.remaining - MARGIN, 0)):
                     return await follower
             except TimeoutError:
                 raise in_progress() from None
+            finally:
+                owner.followers.pop(follower, None)
 
     # -- claim --
 
@@ -427,7 +437,8 @@ class Door:
 
     def _claim_item(self, attempt: Attempt) -> pb.ClaimItem:
         lease = max(min(attempt.remaining, 30.0), 0.0) + 2.0
-        return self._idempotency.claim_item(attempt.scope, attempt.fingerprints, attempt.command_id.bytes, lease)
+        fingerprints = attempt.fingerprints + attempt.earlier_fingerprint
+        return self._idempotency.claim_item(attempt.scope, fingerprints, attempt.command_id.bytes, lease)
 
     def _not_claimed(self, attempt: Attempt, error: Exception) -> None:
         self._claimed(attempt, None)
@@ -435,7 +446,7 @@ class Door:
     def _claimed(self, attempt: Attempt, outcome: pb.ClaimOutcome | None) -> None:
         """Goes on with an attempt, or lets its caller know what the key's record says.
 
-        When idempotency_svc is away the claim may have arrived all the same; released or completed, it does no harm.
+        When idempotency_svc is away the claim may have arrived all the same; it is released or completed like any.
         """
         kind = outcome and outcome.WhichOneof("outcome")
         attempt.claimed = kind in ("acquired", "takeover", None)
@@ -471,7 +482,7 @@ class Door:
 
     def _holds(self, replay: pb.ClaimOutcome.Replay) -> bool:
         """Whether a record's answer may be told: it is there, and no failover since can have lost its guard."""
-        return not replay.answer_omitted and replay.timeline == self._database.timeline
+        return not replay.answer_omitted and replay.timeline == self._database.timeline != 0
 
     def _not_announced(self, attempt: Attempt, error: Exception) -> None:
         """The work goes on all the same."""
@@ -484,11 +495,15 @@ class Door:
     async def _look(self, attempt: Attempt, outcome: pb.ClaimOutcome) -> Answer | None:
         """The answer for a key that is another's by its record, if there is one.
 
-        None: its owner is at work still, or a failover has lost what the record tells of. Raises FailedPrecondition
-        IDEMPOTENCY_KEY_REUSED.
+        None: its owner is at work still; a failover has lost what the record tells of; or the record is to be claimed
+        with kind 1 of the fingerprints too. Raises FailedPrecondition IDEMPOTENCY_KEY_REUSED.
         """
         kind = outcome.WhichOneof("outcome")
         if kind == "mismatch":
+            if not outcome.mismatch.durable and not attempt.earlier_fingerprint:
+                attempt.earlier_fingerprint = b"\x01" + earlier_fingerprint_of(attempt.request)
+                guard = await self._guard(attempt)
+                return None if guard is None else self.replay(attempt, guard)
             try:
                 return await self._recorded(attempt)
             except Unavailable:
@@ -498,14 +513,14 @@ class Door:
         guard = await self._guard(attempt)  # busy: its owner may have died between COMMIT and Complete
         return None if guard is None else self.replay(attempt, guard)
 
-    async def _wait(self, attempt: Attempt, lease_left: float, call: Call) -> pb.ClaimOutcome | None:
+    async def _wait(self, attempt: Attempt, call: Call) -> pb.ClaimOutcome | None:
         """What a claim of the key says once its owner has gone, or after a while.
 
         None: idempotency_svc is away. Raises Aborted IDEMPOTENCY_IN_PROGRESS.
         """
         seconds = min(attempt.remaining - MARGIN, AWAIT_SECONDS)
         if seconds <= 0:
-            raise in_progress(lease_left)
+            raise in_progress()
         attempt.claimed = True  # the claim may succeed after the caller has left
         with call.waiting():
             return await self._idempotency.wait(self._claim_item(attempt), seconds)
@@ -582,6 +597,8 @@ class Door:
         """Reads, decides and writes; the connection lost before anything was sent is tried once more."""
         attempts = []
         for attempt in group:
+            if attempt.settled:
+                continue  # it was taken out of line in the very turn of the loop in which its group was formed
             if attempt.remaining <= 0:
                 self._out_of_time(attempt, _too_late())
             else:
@@ -716,6 +733,8 @@ class Door:
                 recorded.append(pair)
             elif outcome is Outcome.BUSY and unknown_until is not None:
                 under_way.append(pair)
+            elif outcome is Outcome.BUSY:
+                self._key_busy(attempt)
             else:
                 self._again(attempt)
         if recorded:
@@ -784,8 +803,7 @@ class Door:
             log.warning("outcome unknown, sending again", commands=len(decided), error=str(error).strip())
             for attempt, _ in decided:
                 attempt.unsure = True
-                if attempt.claimed:
-                    self._idempotency.extend(attempt.scope, attempt.command_id.bytes, SETTLE_SECONDS)
+                self.keep_claim(attempt)
             await asyncio.sleep(RESEND_PAUSE)
             await self._resend(decided, wait, until=until, collided=collided, unknown=True)
 
@@ -815,6 +833,21 @@ class Door:
         self.settle(attempt, answer)
         return answer
 
+    def _key_busy(self, attempt: Attempt) -> None:
+        """Another call with its key is being written, by another process: its answer is waited for, if it is announced.
+
+        Who has asked once, and found the key free, waits for the other's lock instead.
+        """
+        first, attempt.key_busy = not attempt.key_busy, attempt.key_hash is not None
+        waits = first and attempt.key_busy and not attempt.unsure and not attempt.result.done()
+        if not (waits and self._idempotency.up and attempt.remaining > MARGIN):
+            self._again(attempt)
+            return
+        attempt.look_at_guard = True
+        attempt.started = False
+        self._slots.give_back(attempt)  # others may have its rows meanwhile; it lines up for them once more
+        self._claims.put(attempt)
+
     def _again(self, attempt: Attempt, *, alone: bool = False) -> None:
         """Nothing was written because somebody else was at it: read again; the second time alone, last in line."""
         attempt.collisions += 1
@@ -829,7 +862,12 @@ class Door:
         if attempt.unsure:
             self.leave_open(attempt)
         else:
-            self.give_up(attempt, error)
+            self.give_up(attempt, in_progress() if attempt.key_busy else error)
+
+    def keep_claim(self, attempt: Attempt) -> None:
+        """Has the key kept for an attempt that is sent again, which may take longer than its caller had."""
+        if attempt.claimed:
+            self._idempotency.extend(attempt.scope, attempt.command_id.bytes, SETTLE_SECONDS)
 
     def leave_open(self, attempt: Attempt) -> ServiceError:
         """Ends an attempt of which nobody knows yet whether it was written.

@@ -249,7 +249,7 @@ class Cache(Protocol):
         ...
 
     async def extend(self, items: Sequence[ExtendItem]) -> list[Extended]:
-        """Lets a nonce's lease end `lease_millis` from now, and the record not before it.
+        """Lets a nonce's lease end `lease_millis` from now at the earliest, and the record not before it.
 
         Must answer EXTENDED for a record in progress with this nonce, its lease over or not, FENCED for one with
         another or a released one, ABSENT without a record, ALREADY for a completed one.

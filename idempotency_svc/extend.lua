@@ -1,4 +1,4 @@
--- Lets the lease of each key end later, in order, if its item's nonce owns it. The record lives at least as long.
+-- Lets the lease of each key end later, never earlier, in order, if its item's nonce owns it. The record lives at least as long.
 -- ARGV[1], item by item: nonce 16 · lease_millis 4.
 -- Answers one byte for each item.
 
@@ -20,7 +20,7 @@ for i, key in ipairs(KEYS) do
   elseif record.state == RELEASED or record.nonce ~= nonce then
     outcome = FENCED
   else
-    redis.call('SETRANGE', key, record.lease_at, struct.pack('>I6', now + lease))
+    redis.call('SETRANGE', key, record.lease_at, struct.pack('>I6', math.max(record.lease_until, now + lease)))
     redis.call('PEXPIRE', key, lease, 'GT')
     outcome = DONE
   end

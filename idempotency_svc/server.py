@@ -162,7 +162,8 @@ class Signs:
             await connection.connect()  # type: ignore[no-untyped-call]
             self._connection = connection
             for key in tuple(self._events):
-                await self._tell(b"SSUBSCRIBE", key)
+                if key in self._events:  # nobody has forgotten it meanwhile
+                    await self._tell(b"SSUBSCRIBE", key)
             while True:
                 with suppress(ResponseError):  # the key is another server's, or must not be listened to
                     _, key, *_ = await connection.read_response(disable_decoding=True)

@@ -210,6 +210,8 @@ class History:
     def _check_intent(
         self, intent: Intent, calls: list[Told], effects: Mapping[str, list[Effect]], at: set[tuple[str, int]]
     ) -> None:
+        if liars := [call for call in calls if call.verdict == "fail" and effects.get(call.trace)]:
+            raise ViolationError(f"took effect, and was told that it did not: {liars[0]}")
         mine = [effect for call in calls for effect in effects.get(call.trace, ())]
         if len({effect.command for effect in mine}) > 1:
             raise ViolationError(f"{intent} took effect {len({effect.command for effect in mine})} times: {mine}")

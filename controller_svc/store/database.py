@@ -186,6 +186,8 @@ class Database:
                 async with await psycopg.AsyncConnection.connect(
                     self._url, autocommit=True, connect_timeout=CONNECT_SECONDS, prepare_threshold=None
                 ) as connection:
+                    # Before anything is replayed: after a failover the pools may not have made connections yet.
+                    self.timeline = await timeline_of(connection)
                     applied = await migrate(connection)
                     if applied:
                         log.info("migrated", versions=applied)

@@ -29,6 +29,9 @@ from svckit.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceE
 from tests.contract.test_door import Client, _client, create_request
 
 
+NO_CALL: Any = SimpleNamespace(waiting=nullcontext)
+
+
 class Stub:
     """idempotency_svc's servicer without the wire; it notes what it is asked and what it answers."""
 
@@ -46,28 +49,26 @@ class Stub:
             connection.flushdb()
 
     async def Claim(self, request: pb.ClaimRequest, *, timeout: float) -> pb.ClaimResponse:
-        answer: Any = await self._servicer.Claim(request, None)  # type: ignore[arg-type]
-        response = pb.ClaimResponse.FromString(answer)
+        response = pb.ClaimResponse.FromString(await self._servicer.Claim(request, NO_CALL))
         self.claims += request.items
         self.outcomes += [outcome.WhichOneof("outcome") or "" for outcome in response.outcomes]
         return response
 
     async def Await(self, request: pb.AwaitRequest, *, timeout: float) -> pb.AwaitResponse:
-        call: Any = SimpleNamespace(waiting=nullcontext)
-        response = pb.AwaitResponse.FromString(await self._servicer.Await(request, call))
+        response = pb.AwaitResponse.FromString(await self._servicer.Await(request, NO_CALL))
         self.outcomes.append(response.outcome.WhichOneof("outcome") or "")
         return response
 
-    async def Complete(self, request: pb.CompleteRequest, *, timeout: float) -> None:
+    async def Complete(self, request: pb.CompleteRequest, *, timeout: float) -> pb.CompleteResponse:
         self.largest = max(self.largest, request.ByteSize())
-        await self._servicer.Complete(request, None)  # type: ignore[arg-type]
+        return pb.CompleteResponse.FromString(await self._servicer.Complete(request, NO_CALL))
 
-    async def Release(self, request: pb.ReleaseRequest, *, timeout: float) -> None:
-        await self._servicer.Release(request, None)  # type: ignore[arg-type]
+    async def Release(self, request: pb.ReleaseRequest, *, timeout: float) -> pb.ReleaseResponse:
+        return pb.ReleaseResponse.FromString(await self._servicer.Release(request, NO_CALL))
 
-    async def Extend(self, request: pb.ExtendRequest, *, timeout: float) -> None:
+    async def Extend(self, request: pb.ExtendRequest, *, timeout: float) -> pb.ExtendResponse:
         self.extended += request.items
-        await self._servicer.Extend(request, None)  # type: ignore[arg-type]
+        return pb.ExtendResponse.FromString(await self._servicer.Extend(request, NO_CALL))
 
 
 @pytest.fixture
