@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 _UP = Gauge("orchestrator_redis_up", "1 while every primary of Redis answers, takes writes and evicts nothing.")
-_PRIMARIES = Gauge("orchestrator_redis_primaries", "Primaries of Redis by whether they are in use.", ["state"])
 _SLOTS_AWAY = Gauge("orchestrator_redis_slots_away", "Slots (of 16384) whose keys have no primary that is in use.")
 _EVICTED = Gauge("orchestrator_redis_evicted_keys", "Keys that Redis evicted since its start; anything but 0 is wrong.")
 
