@@ -13,7 +13,7 @@ from prometheus_client import Gauge
 from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError, ReadOnlyError
 
-from idempotency_svc.server import DEFECT, ERRORS, PATIENCE, Address, Call, Server, ServerAway, cause_of, end
+from idempotency_svc.server import DEFECT, ERRORS, PATIENCE, Address, Call, Server, ServerAway, cause_of, detail_of, end
 from idempotency_svc.topology import SLOTS, parse
 from svckit.errors import Unavailable
 
@@ -220,7 +220,7 @@ class Link:
             ERRORS.labels(cause).inc()
             if cause != self._lost:
                 self._lost = cause
-                _log.warning("redis_not_found", cause=cause, detail=repr(error))
+                _log.warning("redis_not_found", cause=cause, detail=detail_of(error))
         else:
             self._lost = None
             await self._take(spans)

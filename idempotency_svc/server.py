@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 from prometheus_client import Counter, Histogram
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
     AskError,
     AuthenticationError,
@@ -20,7 +21,6 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.sentinel import MasterNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -264,7 +264,7 @@ class Server:
         except Exception as error:
             cause = cause_of(error)
             ERRORS.labels(cause).inc()
-            trouble = cause, repr(error)
+            trouble = cause, detail_of(error)
         finally:
             await connection.disconnect(nowait=True)
         self._doubted = False
@@ -339,6 +339,11 @@ def cause_of(error: Exception) -> str:
     if isinstance(error, RedisConnectionError | OSError):
         return "refused" if isinstance(error.__context__, ConnectionRefusedError) else "connection"
     return DEFECT
+
+
+def detail_of(error: Exception) -> str:
+    """What an error says, for logs. redis-py's have only their kind in their repr, others only there."""
+    return str(error) or repr(error)
 
 
 def _packed(*command: bytes) -> bytes:
