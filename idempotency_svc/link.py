@@ -175,6 +175,7 @@ class Link:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 await self._refresh()
+                await self._refresh()  # the first may have been under way, and have asked too early
         for call in calls:
             if call.server is not None and self._slots[call.slot] is call.server:
                 call.server.set_away("readonly", str(call.error))

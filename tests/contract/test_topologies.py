@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -250,6 +251,31 @@ async def test_a_batch_over_all_primaries(cluster: Cluster) -> None:
         expected = {scope: Replay(0, scope, True) for scope in scopes}
         expected |= {scope: Replay(0, b"another", True) for scope in scopes[::3]}
         assert outcomes == [expected[scope] for scope in [*reversed(scopes), *scopes[:64]]]
+
+
+async def test_cancelled_calls_do_not_mix_up_others(cluster: Cluster) -> None:
+    """Whoever gets a connection next must not read an answer of the cancelled call."""
+    chance = random.Random(1)
+    async with using(cluster) as cache:
+        scopes = [new_scope() for _ in range(50)]
+        items = [CompleteItem(scope, SAME, OWNER, 0, scope, TTL, True) for scope in scopes]
+        assert await cache.complete(items) == [Completed.RESTORED] * 50
+
+        async def ask(patience: float) -> bool:
+            some = chance.sample(scopes, 9)
+            try:
+                async with asyncio.timeout(patience):
+                    assert await claims(cache, some) == [Replay(0, scope, True) for scope in some]
+            except TimeoutError:
+                return False
+            return True
+
+        answered = 0
+        for _ in range(20):
+            answered += sum(await asyncio.gather(*(ask(chance.uniform(0, 0.03)) for _ in range(20))))
+        assert 0 < answered < 400
+        assert await asyncio.gather(*(ask(30) for _ in range(20))) == [True] * 20
+        assert metric("orchestrator_redis_up") == 1
 
 
 async def test_scripts_flushed_on_one_primary(cluster: Cluster) -> None:
