@@ -13,7 +13,7 @@ from prometheus_client import Gauge
 from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError, ReadOnlyError
 
-from idempotency_svc.server import DEFECT, ERRORS, PATIENCE, Address, Call, Server, ServerAway, cause_of
+from idempotency_svc.server import DEFECT, ERRORS, PATIENCE, Address, Call, Server, ServerAway, cause_of, detail_of, end
 from idempotency_svc.topology import SLOTS, parse
 from svckit.errors import Unavailable
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 _UP = Gauge("orchestrator_redis_up", "1 while every primary of Redis answers, takes writes and evicts nothing.")
-_PRIMARIES = Gauge("orchestrator_redis_primaries", "Primaries of Redis by whether they are in use.", ["state"])
 _SLOTS_AWAY = Gauge("orchestrator_redis_slots_away", "Slots (of 16384) whose keys have no primary that is in use.")
 _EVICTED = Gauge("orchestrator_redis_evicted_keys", "Keys that Redis evicted since its start; anything but 0 is wrong.")
 
@@ -56,6 +55,7 @@ class Link:
         self._timeout = timeout
         self._on_ready = on_ready
         self._servers: dict[Address, Server] = {}
+        self._leaving: list[Server] = []
         self._slots: list[Server | None] = [None] * SLOTS
         self._lost: str | None = None
         self._ready = False
@@ -79,12 +79,9 @@ class Link:
 
     async def stop(self) -> None:
         """Ends that and closes all connections that no call is using. Calls made later fail."""
-        for task in (self._watcher, self._refreshing):
-            if task is not None:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-        for server in self._servers.values():
+        await end(self._watcher)
+        await end(self._refreshing)
+        for server in (*self._servers.values(), *self._leaving):
             await server.stop()
         await self._topology.close()
         self._see()
@@ -164,9 +161,9 @@ class Link:
         """Has each call answered by the server of its slot; the servers work side by side."""
         by_server: defaultdict[Server, list[Call]] = defaultdict(list)
         for call in calls:
-            server = self._slots[call.slot]
-            if server is not None:
-                by_server[server].append(call)
+            call.server = self._slots[call.slot]
+            if call.server is not None:
+                by_server[call.server].append(call)
             else:
                 ERRORS.labels(_UNCOVERED).inc()
                 call.error = ServerAway(_UNCOVERED)
@@ -176,27 +173,27 @@ class Link:
         """Makes calls again, once, at the servers that have their keys according to those that were asked."""
         by_server: defaultdict[tuple[Server, bool], list[Call]] = defaultdict(list)
         for call in calls:
-            error, asked = call.error, self._slots[call.slot]
-            assert isinstance(error, AskError) and asked is not None
+            error = call.error
+            assert isinstance(error, AskError) and call.server is not None
             # A server that does not know the host means its own.
-            server = self._server(Address(error.host or asked.address.host, error.port))
+            call.server = self._server(Address(error.host or call.server.address.host, error.port))
             moved = isinstance(error, MovedError)
             if moved:
-                self._slots[call.slot] = server
+                self._slots[call.slot] = call.server
                 self._changed.set()
-            by_server[server, moved].append(call)
+            by_server[call.server, moved].append(call)
         await _side_by_side([server.run(its, deadline, asking=not moved) for (server, moved), its in by_server.items()])
 
     async def _ask_new_primary(self, calls: Sequence[Call], deadline: float) -> None:
-        """Makes calls again, once, after a server has said that it is a replica; without another it is away."""
-        [asked] = {self._slots[call.slot] for call in calls}
+        """Makes calls again, once, after servers have said that they are replicas; who has no successor is away."""
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 await self._refresh()
-        if self._slots[calls[0].slot] is not asked:
-            await self._ask(calls, deadline)
-        elif asked is not None:
-            asked.set_away("readonly", str(calls[0].error))
+                await self._refresh()  # the first may have been under way, and have asked too early
+        for call in calls:
+            if call.server is not None and self._slots[call.slot] is call.server:
+                call.server.set_away("readonly", str(call.error))
+        await self._ask(calls, deadline)
 
     def _server(self, address: Address) -> Server:
         """The server there; one that is new is looked at before it is used."""
@@ -238,7 +235,7 @@ class Link:
             ERRORS.labels(cause).inc()
             if cause != self._lost:
                 self._lost = cause
-                _log.warning("redis_not_found", cause=cause, detail=repr(error))
+                _log.warning("redis_not_found", cause=cause, detail=detail_of(error))
         else:
             self._lost = None
             await self._take(spans)
@@ -254,11 +251,14 @@ class Link:
         for first, last, primary in spans:
             slots[first : last + 1] = [self._server(primary)] * (last + 1 - first)
         self._slots = slots
-        for address in gone:
-            await self._servers.pop(address).stop()
+        self._leaving += [self._servers.pop(address) for address in gone]
+        # Before anything is awaited: a new server is looked at from then on, and to be written to from the first look.
         for server in self._servers.values():
             if server.probe_key is None or (self._topology.sharded and slots[key_slot(server.probe_key)] is not server):
                 server.probe_key = self._probe_key(server)
+        while self._leaving:
+            await self._leaving[-1].stop()
+            self._leaving.pop()
 
     def _probe_key(self, server: Server) -> bytes | None:
         """A key that the server has, None if it has so few slots that this would take long to find."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 from prometheus_client import Counter, Histogram
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
     AskError,
     AuthenticationError,
@@ -20,7 +21,6 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.sentinel import MasterNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,9 +93,9 @@ class Script:
 
 
 class Call:
-    """One call of a script: with it, what the server said."""
+    """One call of a script: with it, which server was asked, and what it said."""
 
-    __slots__ = ("command", "error", "places", "reply", "script", "slot")
+    __slots__ = ("command", "error", "places", "reply", "script", "server", "slot")
 
     def __init__(
         self, script: Script, slot: int, places: Sequence[int], keys: Sequence[bytes], *arguments: bytes
@@ -104,6 +104,7 @@ class Call:
         self.slot = slot
         self.places = places
         self.command = _packed(b"EVALSHA", script.sha, b"%d" % len(keys), *keys, *arguments)
+        self.server: Server | None = None
         self.reply: bytes | None = None
         self.error: Exception | None = None
 
@@ -233,10 +234,7 @@ class Server:
 
     async def stop(self) -> None:
         """Looks at it no more and closes all connections that no call is using. Calls made later fail."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watcher
+        await end(self._watcher)
         self.cause = "stopped"
         self._known.set()
         await self.signs.stop()
@@ -248,30 +246,27 @@ class Server:
         They go in one write and are answered in their order. Never raises for the server's state. `asking`: the slot
         is on its way to this server.
         """
-        async with self._turns:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    if self.cause is not None:
-                        await self._known.wait()
-                    if self.cause is not None or self._doubted:
-                        raise ServerAway(self.cause or LATE)
-                    await self._evaluate(calls, asking)
-            except ServerAway as error:
-                _fail(calls, error)
-                return
-            except TimeoutError:
-                ERRORS.labels(LATE).inc()
-                _fail(calls, ServerAway(LATE))
-                self._doubted = True
-                self._look.set()
-                return
-            except (RedisError, OSError) as error:
-                _fail(calls, error)
-                self._judge(error)
-                return
-        for call in calls:
-            if call.error is not None:
-                self._judge(call.error)
+        try:
+            async with asyncio.timeout_at(deadline), self._turns:
+                if self.cause is not None:
+                    await self._known.wait()
+                if self.cause is not None or self._doubted:
+                    raise ServerAway(self.cause or LATE)
+                await self._evaluate(calls, asking)
+        except ServerAway as error:
+            _fail(calls, error)
+        except TimeoutError:
+            ERRORS.labels(LATE).inc()
+            _fail(calls, ServerAway(LATE))
+            self._doubted = True
+            self._look.set()
+        except (RedisError, OSError) as error:
+            _fail(calls, error)
+            self._judge(error)
+        else:
+            for call in calls:
+                if call.error is not None:
+                    self._judge(call.error)
 
     def set_away(self, cause: str, detail: str) -> None:
         """Passes no calls on until a probe, which is made now, finds it in order."""
@@ -343,7 +338,7 @@ class Server:
         except Exception as error:
             cause = cause_of(error)
             ERRORS.labels(cause).inc()
-            trouble = cause, repr(error)
+            trouble = cause, detail_of(error)
         finally:
             await connection.disconnect(nowait=True)
         self._doubted = False
@@ -397,6 +392,13 @@ async def ask(connection: AbstractConnection, *command: bytes) -> Any:
     return await connection.read_response(disable_decoding=True)
 
 
+async def end(task: asyncio.Task[None] | None) -> None:
+    """Cancels a task, if there is one, and waits for its end."""
+    if task is not None:
+        task.cancel()
+        await asyncio.wait([task])
+
+
 def cause_of(error: Exception) -> str:
     """A short name for metrics and logs."""
     if isinstance(error, ServerAway):
@@ -411,6 +413,11 @@ def cause_of(error: Exception) -> str:
     if isinstance(error, RedisConnectionError | OSError):
         return "refused" if isinstance(error.__context__, ConnectionRefusedError) else "connection"
     return DEFECT
+
+
+def detail_of(error: Exception) -> str:
+    """What an error says, for logs. redis-py's have only their kind in their repr, others only there."""
+    return str(error) or repr(error)
 
 
 def _packed(*command: bytes) -> bytes:

@@ -23,7 +23,7 @@ from psycopg import sql
 
 from deploy.local.issuer import Issuer, private_key, public_key_file
 from deploy.local.processes import ROOT, free_port
-from deploy.local.servers import Postgres, Valkey
+from deploy.local.servers import Postgres, Valkey, embedded_valkey
 from tests.system.pair import Pair
 
 DEBIAN = ROOT / ".local" / "debian" / "bin"
@@ -136,6 +136,14 @@ def empty_database_url(databases: Databases) -> Iterator[str]:
     databases.drop(url)
 
 
+def redis_binary(engine: str) -> Path:
+    """The server program of one of REDIS_ENGINES; skips the test when it is not here."""
+    binary = REDIS_ENGINES[engine] or embedded_valkey()
+    if not binary.exists():
+        pytest.skip(f"{engine} is not here: `make tools` gets it (on Debian 12)")
+    return binary
+
+
 @pytest.fixture(scope="session")
 def redis_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Redis database that is this run's own: an empty one on REDIS_URL's server, or a server's of ours."""
@@ -146,11 +154,8 @@ def redis_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         _flush(url)
         return
     engine: str = getattr(request, "param", "valkey-9")
-    binary = REDIS_ENGINES[engine]
-    if binary is not None and not binary.exists():
-        pytest.skip(f"{engine} is not here: `make tools` gets it (on Debian 12)")
     folder = tmp_path_factory.mktemp(engine)
-    server = Valkey(folder, port=free_port(), log=folder / "log", binary=binary, durable=False)
+    server = Valkey(folder, port=free_port(), log=folder / "log", binary=redis_binary(engine), durable=False)
     server.start()
     yield server.url
     server.stop()

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psycopg
@@ -147,17 +148,26 @@ class Valkey:
 
     Every write goes to its append-only file; a folder used before is gone on with. `durable=False` leaves out fsync: a
     kill then loses nothing, but a crash of the machine may. With fsync, answered writes may wait in the server's memory
-    for up to two seconds while a slow fsync is under way, and a kill loses those.
+    for up to two seconds while a slow fsync is under way, and a kill loses those. `settings` are further lines of its
+    configuration.
     """
 
     def __init__(
-        self, directory: Path, *, port: int, log: Path, binary: Path | None = None, durable: bool = True
+        self,
+        directory: Path,
+        *,
+        port: int,
+        log: Path,
+        binary: Path | None = None,
+        durable: bool = True,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self._directory = directory
         self._port = port
         self._log = log
         self._binary = binary or embedded_valkey()
         self._durable = durable
+        self._settings = settings or {}
         self._child: Child | None = None
 
     @property
@@ -188,6 +198,7 @@ class Valkey:
             "save": '""',
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
+            **self._settings,
         }
         configuration = self._directory / "valkey.conf"
         configuration.touch(mode=0o600)
