@@ -23,7 +23,7 @@ from svckit.errors import Aborted, InvalidArgument
 from svckit.groups import Groups
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from orchestrator.idempotency.v1.idempotency_service_pb2_grpc import IdempotencyServiceAsyncStub
 
@@ -183,7 +183,7 @@ class Idempotency:
 
     def extend(self, scope: bytes, nonce: bytes, lease: float) -> None:
         """Keeps a scope owned for `lease` seconds from now on."""
-        self._later(_End(extend=pb.ExtendItem(scope=scope, nonce=nonce, lease_millis=int(lease * 1000))))
+        self._later(_End(pb.ExtendItem(scope=scope, nonce=nonce, lease_millis=int(lease * 1000))))
 
     def complete(
         self, scope: bytes, nonce: bytes, *, fingerprints: bytes, code: int, answer: bytes, ttl: float, timeline: int
@@ -199,8 +199,7 @@ class Idempotency:
         kept = b"" if omitted else answer
         self._later(
             _End(
-                size=len(kept) + 160,
-                complete=pb.CompleteItem(
+                pb.CompleteItem(
                     scope=scope,
                     fingerprints=_unpacked(fingerprints),
                     nonce=nonce,
@@ -211,12 +210,13 @@ class Idempotency:
                     timeline=timeline,
                     answer_omitted=omitted,
                 ),
+                size=len(kept) + 160,
             )
         )
 
     def release(self, scope: bytes, nonce: bytes) -> None:
         """Gives up a claim for which nothing was written and nothing will be."""
-        self._later(_End(release=pb.ReleaseItem(scope=scope, nonce=nonce)))
+        self._later(_End(pb.ReleaseItem(scope=scope, nonce=nonce)))
 
     async def close(self) -> None:
         """Sends what waits, for a moment, and stops."""
@@ -243,46 +243,29 @@ class Idempotency:
     async def _end(self, group: list[_End]) -> None:
         assert self._stub is not None
         self._pending_bytes -= sum(end.size for end in group)
-        batch: list[_End] = []
-        size = 0
-        for end in group:
-            if end.complete is not None:
-                if batch and size + end.size > MAX_BATCH_BYTES:
-                    await self._complete(batch)
-                    batch, size = [], 0
-                batch.append(end)
-                size += end.size
-        if batch:
-            await self._complete(batch)
-        releases = [end for end in group if end.release is not None]
-        if releases:
-            request = pb.ReleaseRequest(items=[end.release for end in releases])
-            for end in await self._tell(self._stub.Release, request, releases):
-                if not end.again:  # a claim that was on its way may arrive yet
-                    again = _End(release=end.release, again=True)
-                    asyncio.get_running_loop().call_later(RELEASE_AGAIN_SECONDS, self._later, again)
-        extensions = [end for end in group if end.extend is not None]
-        if extensions:
-            request = pb.ExtendRequest(items=[end.extend for end in extensions])
-            await self._tell(self._stub.Extend, request, extensions)
-
-    async def _complete(self, batch: list[_End]) -> None:
-        assert self._stub is not None
-        await self._tell(self._stub.Complete, pb.CompleteRequest(items=[end.complete for end in batch]), batch)
+        completions, releases, extensions = (
+            [end for end in group if isinstance(end.item, kind)]
+            for kind in (pb.CompleteItem, pb.ReleaseItem, pb.ExtendItem)
+        )
+        for batch in _batches(completions):
+            await self._tell(self._stub.Complete, pb.CompleteRequest, batch)
+        for end in await self._tell(self._stub.Release, pb.ReleaseRequest, releases):
+            if not end.again:  # a claim that was on its way may arrive yet
+                asyncio.get_running_loop().call_later(RELEASE_AGAIN_SECONDS, self._later, _End(end.item, again=True))
+        await self._tell(self._stub.Extend, pb.ExtendRequest, extensions)
 
     async def _tell(self, rpc: Any, request: Any, ends: Sequence[_End]) -> list[_End]:
         """Those of the ends whose part of Redis is away; none when idempotency_svc itself is."""
+        if not ends:
+            return []
         try:
-            response = await rpc(request, timeout=COMPLETE_SECONDS)
+            response = await rpc(request(items=[end.item for end in ends]), timeout=COMPLETE_SECONDS)
         except grpc.aio.AioRpcError as error:
             DROPPED.inc(len(ends))
             self._failed(error)
             return []
-        away = [
-            end
-            for end, outcome in zip(ends, response.outcomes, strict=True)
-            if outcome.result == type(outcome).RESULT_AWAY
-        ]
+        pairs = zip(ends, response.outcomes, strict=True)
+        away = [end for end, outcome in pairs if outcome.result == type(outcome).RESULT_AWAY]
         DROPPED.inc(len(away))
         return away
 
@@ -335,14 +318,26 @@ def _unpacked(fingerprints: bytes) -> list[pb.Fingerprint]:
     ]
 
 
+def _batches(ends: list[_End]) -> Iterator[list[_End]]:
+    """In order, each of at most MAX_BATCH_BYTES or of one."""
+    batch: list[_End] = []
+    size = 0
+    for end in ends:
+        if batch and size + end.size > MAX_BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(end)
+        size += end.size
+    if batch:
+        yield batch
+
+
 @dataclass(slots=True, eq=False)
 class _End:
     """A completion, a release or an extension on its way."""
 
-    complete: pb.CompleteItem | None = None
-    release: pb.ReleaseItem | None = None
-    extend: pb.ExtendItem | None = None
-    again: bool = False
-    """It was told before, in vain."""
+    item: pb.CompleteItem | pb.ReleaseItem | pb.ExtendItem
     size: int = 128
     """About its bytes on the wire."""
+    again: bool = False
+    """It was told before, in vain."""

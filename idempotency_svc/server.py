@@ -39,8 +39,10 @@ _SECONDS = Histogram(
 
 PATIENCE = 5
 """How many times longer than a call a probe waits, before a silent server counts as away."""
-TELL_SECONDS = 1.0
-"""How long a subscription may take to be sent."""
+TELL_SECONDS = 5.0
+"""How long subscriptions may take to be sent."""
+AGAIN_SECONDS = 0.5
+"""After which a lost connection for signs is made again."""
 _PROBE_UP_SECONDS = 1.0
 _PROBE_DOWN_SECONDS = 0.2
 _CONNECTIONS = 32
@@ -112,8 +114,8 @@ class Call:
 class Signs:
     """What the scripts publish about keys: one subscription for each key, on a connection of its own.
 
-    That is made when it is first needed, and again when a key is listened to after it was lost. Until then signs are
-    missing. `connect` makes a connection to the server.
+    That is made when it is first needed, and again, after a moment, when it is lost while anybody listens. Meanwhile
+    signs are missing. `connect` makes a connection to the server.
     """
 
     def __init__(self, connect: Callable[[], AbstractConnection]) -> None:
@@ -126,7 +128,7 @@ class Signs:
         """Sets the event when the subscription stands, when a sign comes, and when the connection is lost."""
         self._events[key] = event
         if self._reader is None:
-            self._reader = asyncio.create_task(self._read(), name="redis signs")
+            self._start()
         else:
             await self._tell(b"SSUBSCRIBE", key)
 
@@ -138,45 +140,50 @@ class Signs:
 
     async def stop(self) -> None:
         """Closes the connection."""
-        if self._reader is not None:
-            self._reader.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._reader
+        await end(self._reader)
+
+    def _start(self) -> None:
+        self._reader = asyncio.create_task(self._read(), name="redis signs")
 
     async def _tell(self, *command: bytes) -> None:
         """A broken connection is the reader's to find. One that takes no more bytes is broken, too."""
-        if self._connection is None:
+        connection = self._connection
+        if connection is None:
             return
         try:
             async with asyncio.timeout(TELL_SECONDS):
-                await _send(self._connection, [_packed(*command)])
+                await _send(connection, [_packed(*command)])
         except TimeoutError:
-            if self._reader is not None:
-                self._reader.cancel()
+            if connection is self._connection:
+                await end(self._reader)
+                self._start()
         except (RedisError, OSError):
             pass
 
     async def _read(self) -> None:
-        """Until the connection is lost, if there can be one."""
-        connection = self._connect()
-        try:
-            await connection.connect()  # type: ignore[no-untyped-call]
-            self._connection = connection
-            for key in tuple(self._events):
-                if key in self._events:  # nobody has forgotten it meanwhile
-                    await self._tell(b"SSUBSCRIBE", key)
-            while True:
-                with suppress(ResponseError):  # the key is another server's, or must not be listened to
-                    _, key, *_ = await connection.read_response(disable_decoding=True)
-                    if event := self._events.get(key):
-                        event.set()
-        except (RedisError, OSError) as error:
-            ERRORS.labels(cause_of(error)).inc()
-        finally:
-            self._reader = self._connection = None
-            await connection.disconnect(nowait=True)
-            for event in self._events.values():
-                event.set()
+        """While anybody listens."""
+        while self._events:
+            connection = self._connect()
+            try:
+                async with asyncio.timeout(TELL_SECONDS):
+                    await connection.connect()  # type: ignore[no-untyped-call]
+                    self._connection = connection
+                    # These are in the stream before anybody else can write to it.
+                    await _send(connection, [_packed(b"SSUBSCRIBE", key) for key in self._events])
+                while True:
+                    with suppress(ResponseError):  # the key is another server's, or must not be listened to
+                        _, key, *_ = await connection.read_response(disable_decoding=True)
+                        if event := self._events.get(key):
+                            event.set()
+            except (RedisError, OSError) as error:
+                ERRORS.labels(cause_of(error)).inc()
+            finally:
+                self._connection = None
+                await connection.disconnect(nowait=True)
+                for event in self._events.values():
+                    event.set()
+            await asyncio.sleep(AGAIN_SECONDS)
+        self._reader = None
 
 
 class ServerAway(Exception):  # noqa: N818

@@ -18,7 +18,6 @@ import redis.asyncio
 from redis.exceptions import ResponseError
 from structlog.testing import capture_logs
 
-from deploy.local.processes import free_port
 from deploy.local.servers import Valkey
 from idempotency_svc.cache import (
     LARGEST_ANSWER,
@@ -39,7 +38,6 @@ from idempotency_svc.cache import (
     Takeover,
 )
 from svckit.errors import Unavailable
-from tests.conftest import REDIS_ENGINES, redis_binary
 from tests.contract.caches import (
     FOREIGN,
     LEASE,
@@ -63,8 +61,7 @@ from tests.contract.caches import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from idempotency_svc.cache import Cache, Fingerprints
 
@@ -714,29 +711,6 @@ async def test_outcomes_are_counted(cache: Cache) -> None:
 
 
 # --- when Redis does not ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=REDIS_ENGINES)
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Valkey]:
-    """A server for this test alone, of each engine."""
-    binary = redis_binary(request.param)
-    server = Valkey(tmp_path / "redis", port=free_port(), log=tmp_path / "redis.log", binary=binary)
-    server.start()
-    yield server
-    server.child.kill()
-
-
-@pytest.fixture
-async def own(server: Valkey) -> AsyncIterator[RedisCache]:
-    async with cache_on(server.url, timeout=1) as cache:  # a machine under load may stand still for 250 ms
-        assert cache.ready
-        yield cache
-
-
-@pytest.fixture
-async def admin(server: Valkey) -> AsyncIterator[redis.asyncio.Redis]:
-    async with redis.asyncio.Redis.from_url(server.url) as client:
-        yield client
 
 
 async def test_flushed_records_are_absent(own: RedisCache, admin: redis.asyncio.Redis) -> None:

@@ -157,13 +157,14 @@ async def test_the_main_steps(redis_servers: Sentinels | Cluster) -> None:
         items = [CompleteItem(scope, SAME, OWNER, 0, scope * 20, TTL, True, 7) for scope in done]
         assert await cache.complete(items) == [Completed.COMPLETED] * 10
         assert await cache.release([ReleaseItem(scope, OWNER) for scope in released]) == [Released.RELEASED] * 10
-        assert await cache.extend([ExtendItem(scope, OWNER, 1) for scope in held]) == [Extended.EXTENDED] * 10
+        assert await cache.extend([ExtendItem(scope, OWNER, LEASE) for scope in held]) == [Extended.EXTENDED] * 10
+        outcomes = await claims(cache, scopes, THIRD)
+        assert outcomes[:20] == [*(Replay(0, scope * 20, True, 7) for scope in done), *[Acquired(2)] * 10]
+        assert {type(outcome) for outcome in outcomes[20:]} == {Busy}
+        over = [claim_item(new_scope(), lease=1) for _ in range(10)]
+        assert await cache.claim(over) == [Acquired(1)] * 10
         await asyncio.sleep(0.005)
-        assert await claims(cache, scopes, THIRD) == [
-            *(Replay(0, scope * 20, True, 7) for scope in done),
-            *[Acquired(2)] * 10,
-            *[Takeover(2)] * 10,
-        ]
+        assert await claims(cache, [item.scope for item in over], THIRD) == [Takeover(2)] * 10
         foreign = [claim_item(scope, THIRD, FOREIGN) for scope in scopes]
         assert await cache.claim(foreign) == [Mismatch(True)] * 10 + [Mismatch(False)] * 20
         records = await cache.get([GetItem(scope) for scope in (*scopes, new_scope())])
@@ -202,7 +203,7 @@ async def test_a_planned_failover_is_not_noticed(sentinels: Sentinels) -> None:
         assert await complete(cache, scope, durable=True) is Completed.RESTORED
         before = sentinels.primary
         assert before is not None
-        before.ask("WAIT", 1, 0)
+        before.spread()
         sentinels.fail_over()  # on this thread, so that the cache does not look around meanwhile
         [after] = [node for node in sentinels.nodes if node is not before]
         before.ask("REPLICAOF", LOOPBACK, after.port)
@@ -219,7 +220,7 @@ async def test_a_primary_that_others_replace(sentinels: Sentinels) -> None:
         assert await complete(cache, scope, durable=True) is Completed.RESTORED
         before = sentinels.primary
         assert before is not None
-        before.ask("WAIT", 1, 0)
+        before.spread()
         before.kill()
         assert await refused(cache) in {"refused", "connection"}
         assert metric("orchestrator_redis_up") == 0
@@ -339,7 +340,7 @@ async def test_a_primary_away(cluster: Cluster, fault: signal.Signals) -> None:
         items = [CompleteItem(scope, SAME, OWNER, 0, scope, TTL, True) for scope in scopes]
         assert await cache.complete(items) == [Completed.RESTORED] * 12
         assert metric("orchestrator_redis_slots_away") == 0
-        victim.ask("WAIT", 1, 0)
+        victim.spread()
         kept = [Replay(0, scope, True) for scope in scopes]
         victim.send(fault)
         assert await claims(cache, scopes, OTHER) == [*[AWAY] * 4, *kept[4:]]

@@ -20,26 +20,21 @@ from idempotency_svc.cache import Acquired, Busy, ClaimItem, ExtendItem, GetItem
 from idempotency_svc.server import Signs
 from idempotency_svc.waiters import Waiters
 from svckit.errors import Aborted, Unavailable
-from tests.contract.test_cache import (
+from tests.contract.caches import (
     FOREIGN,
     OTHER,
     OWNER,
     SAME,
-    admin,
     claim,
     complete,
     new_scope,
-    own,
     release,
-    server,
     until,
 )
 
 if TYPE_CHECKING:
     from deploy.local.servers import Valkey
     from idempotency_svc.cache import ClaimOutcome, Fingerprints
-
-__all__ = ["admin", "own", "server"]
 
 LONG = 60.0
 
@@ -155,23 +150,16 @@ async def test_looks_find_out_without_signs(
     await quiet.stop()
 
 
-async def test_a_lost_subscription_is_made_again(
-    own: RedisCache, admin: redis.asyncio.Redis, line: Waiters, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scope, later = new_scope(), new_scope()
+@pytest.mark.usefixtures("patient")
+async def test_a_lost_subscription_is_made_again(own: RedisCache, admin: redis.asyncio.Redis, line: Waiters) -> None:
+    scope = new_scope()
     await claim(own, scope, OWNER)
-    await claim(own, later, OWNER)
     [task] = await stand(line, [ask(scope)])
     await subscribed(admin)
     await admin.client_kill_filter(_type="pubsub")
     await subscribed(admin, 0)
-    await complete(own, scope, OWNER)
-    assert await task == Replay(0, b"answer", False)
-    monkeypatch.setattr(waiters, "FIRST_LOOK", LONG)
-    monkeypatch.setattr(waiters, "LAST_LOOK", LONG)
-    [task] = await stand(line, [ask(later)])
     await subscribed(admin)
-    await complete(own, later, OWNER)
+    await complete(own, scope, OWNER)
     assert await task == Replay(0, b"answer", False)
 
 

@@ -89,6 +89,11 @@ class Node:
         """A command as its owner, and the answer."""
         return self._admin.execute_command(*words)  # type: ignore[no-untyped-call]
 
+    def spread(self) -> None:
+        """Returns when its replicas have all that was written so far. WAIT is about writes of its own connection."""
+        _, offset, _ = self.ask("ROLE")
+        wait(lambda: all(int(replica[2]) >= offset for replica in self.ask("ROLE")[2]))
+
     def configure(self, **settings: str) -> None:
         """CONFIG SET, with dashes for underscores."""
         for name, value in settings.items():

@@ -167,8 +167,8 @@ class IdempotencyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Extend(self, request, context):
-        """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
-        while nobody has taken the key over.
+        """Extends leases: for owners at work for longer than they asked for. None ends earlier for it. A lease that
+        is over is extended too while nobody has taken the key over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

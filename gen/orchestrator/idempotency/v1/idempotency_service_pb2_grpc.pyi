@@ -91,8 +91,8 @@ class IdempotencyServiceStub:
     a mismatch.
     """
     Extend: _grpc.UnaryUnaryMultiCallable[_idempotency_service_pb2.ExtendRequest, _idempotency_service_pb2.ExtendResponse]
-    """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
-    while nobody has taken the key over.
+    """Extends leases: for owners at work for longer than they asked for. None ends earlier for it. A lease that
+    is over is extended too while nobody has taken the key over.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_idempotency_service_pb2.GetRequest, _idempotency_service_pb2.GetResponse]
     """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing.
@@ -162,8 +162,8 @@ class IdempotencyServiceAsyncStub(IdempotencyServiceStub):
     a mismatch.
     """
     Extend: _aio.UnaryUnaryMultiCallable[_idempotency_service_pb2.ExtendRequest, _idempotency_service_pb2.ExtendResponse]  # type: ignore[assignment]
-    """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
-    while nobody has taken the key over.
+    """Extends leases: for owners at work for longer than they asked for. None ends earlier for it. A lease that
+    is over is extended too while nobody has taken the key over.
     """
     Get: _aio.UnaryUnaryMultiCallable[_idempotency_service_pb2.GetRequest, _idempotency_service_pb2.GetResponse]  # type: ignore[assignment]
     """Gets what is kept of keys, all but the answers and the owners' nonces, for operators. Changes nothing.
@@ -260,8 +260,8 @@ class IdempotencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _idempotency_service_pb2.ExtendRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_idempotency_service_pb2.ExtendResponse, _abc.Awaitable[_idempotency_service_pb2.ExtendResponse]]:
-        """Extends leases: for owners at work for longer than they asked for. A lease that is over is extended too
-        while nobody has taken the key over.
+        """Extends leases: for owners at work for longer than they asked for. None ends earlier for it. A lease that
+        is over is extended too while nobody has taken the key over.
         """
 
     @_abc_1.abstractmethod
