@@ -24,7 +24,7 @@ test: $(VENV) ## Run all tests: TESTS=path or ARGS="-k name" for some of them
 	@pytest $(ARGS) $(TESTS)
 
 soak: $(VENV) ## Run the tests that take many minutes
-	@pytest -m soak $(ARGS) $(TESTS)
+	@pytest -v -s -m soak $(ARGS) $(TESTS)
 
 load: $(VENV) ## Measure the pair, and print one table: ARGS=--help for what to leave out
 	@python -m tests.load $(ARGS)

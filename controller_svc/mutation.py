@@ -600,7 +600,7 @@ class Door:
             if attempt.settled:
                 continue  # it was taken out of line in the very turn of the loop in which its group was formed
             if attempt.remaining <= 0:
-                self._out_of_time(attempt, _too_late())
+                self._without_outcome(attempt, _too_late())
             else:
                 attempt.started = True
                 attempts.append(attempt)
@@ -618,7 +618,7 @@ class Door:
                     return
                 if last_try or not isinstance(error, psycopg.OperationalError):
                     for attempt in attempts:
-                        self.give_up(attempt, refusal(error))
+                        self._without_outcome(attempt, refusal(error))
                     return
             else:
                 await self._settle_all(decided, outcomes, wait)
@@ -854,11 +854,12 @@ class Door:
         attempt.look_at_guard = True
         attempt.alone = attempt.alone or alone or attempt.collisions > 1
         if attempt.remaining < MARGIN:
-            self._out_of_time(attempt, resource_busy())
+            self._without_outcome(attempt, resource_busy())
         else:
             self._line_up(attempt)
 
-    def _out_of_time(self, attempt: Attempt, error: ServiceError) -> None:
+    def _without_outcome(self, attempt: Attempt, error: ServiceError) -> None:
+        """Ends an attempt that gets no further; it is told `error` unless what it sent may have been written."""
         if attempt.unsure:
             self.leave_open(attempt)
         else:

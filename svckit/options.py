@@ -45,8 +45,8 @@ def policies(service: ServiceDescriptor, default_max_bytes: int) -> dict[str, Po
     """The policy of every method of `service`, by full method name.
 
     default_max_bytes: the limit of methods whose option leaves max_request_bytes at 0.
-    Raises PolicyError naming every method without the option, without a permission or without a write mode, and
-    every client-streaming method: those are not served.
+    Raises PolicyError naming every method without the option, without a permission or without a write mode, every
+    guarded stream, and every client-streaming method: those are not served.
     """
     found: dict[str, Policy] = {}
     faults: list[str] = []
@@ -81,6 +81,8 @@ def _fault(method: MethodDescriptor) -> str:
         return "its policy names no permission"
     if option.write == options_pb2.WRITE_MODE_UNSPECIFIED:
         return "its policy names no write mode"
+    if option.write == options_pb2.WRITE_MODE_GUARDED and method.server_streaming:
+        return "a stream cannot be guarded: it has no one answer to keep"
     if method.client_streaming:
         return "client streaming is not served"
     return ""

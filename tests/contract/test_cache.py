@@ -277,6 +277,13 @@ async def test_an_extended_lease_ends_later_and_its_record_not_before_it(
     assert isinstance(await claim(cache, scope, OTHER), Busy)
     assert await extend(cache, scope, lease=1) is LONGER
     await asyncio.sleep(0.005)
+    assert isinstance(await claim(cache, scope, OTHER), Busy), "it is never cut short"
+
+
+async def test_a_lease_that_was_taken_over_is_not_extended(cache: Cache) -> None:
+    scope = new_scope()
+    await claim(cache, scope, lease=1)
+    await asyncio.sleep(0.005)
     assert await claim(cache, scope, OTHER) == Takeover(2)
     assert await extend(cache, scope) is LOST
 

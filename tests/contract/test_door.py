@@ -16,6 +16,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
+from controller_svc import mutation
 from controller_svc.core.ids import new_id
 from controller_svc.core.mutations import Actor, Key
 from controller_svc.core.sessions import ChangeSession, CreateSession, Session, SessionMutations, UpdateSession
@@ -23,8 +24,10 @@ from controller_svc.core.tasks import TaskMutations
 from controller_svc.idempotency import Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store.database import Database
+from controller_svc.store.read import read_guards
 from controller_svc.store.sessions import Sessions
 from controller_svc.store.tasks import Tasks
+from controller_svc.store.write import write
 from controller_svc.sweepers import Sweepers
 from deploy.local.servers import Postgres
 from orchestrator.controller.v1 import session_service_pb2 as pb
@@ -408,6 +411,35 @@ async def _set_standbys(server: Postgres, names: str) -> None:
         await connection.execute(f"alter system set synchronous_standby_names = '{names}'")
         await connection.execute("select pg_reload_conf()")
     await asyncio.sleep(0.3)
+
+
+async def test_a_written_command_whose_guard_cannot_be_read_is_not_told_that_nothing_was_written(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to its statement is lost, and so is every look at the guard that it met when it was sent again."""
+    answers = looks = iter([False])  # one goes wrong for each True that is left
+
+    async def lossy(connection: Any, writes: Any, *, wait: bool) -> Any:
+        outcome = await write(connection, writes, wait=wait)
+        if next(answers, False):
+            raise psycopg.OperationalError("the answer is lost")
+        return outcome
+
+    async def blind(connection: Any, scopes: Any) -> Any:
+        if next(looks, False):
+            raise psycopg.OperationalError("the connection is lost")
+        return await read_guards(connection, scopes)
+
+    monkeypatch.setattr(mutation, "write", lossy)
+    monkeypatch.setattr(mutation, "read_guards", blind)
+    for key in (None, "k"):
+        answers, looks = iter([True]), iter([True] * 3)
+        with pytest.raises(Unavailable) as unknown:
+            await client.create(key)
+        assert unknown.value.reason == "OUTCOME_UNKNOWN"
+        assert next(looks, None) is None, "all three looks were made"
+    assert await client.rows("select count(*) from sessions") == [(2,)]
+    assert (await client.create("k")).endswith("replayed")
 
 
 async def test_an_attempt_whose_caller_left_is_settled_when_its_group_is_tried_again(client: Client) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -17,12 +18,21 @@ from deploy.local.processes import LOOPBACK, free_port
 from deploy.local.servers import Valkey
 from tests.client import Tenant
 from tests.conftest import ServiceKeys
+from tests.history import History, Traffic
 from tests.oracle import Tables
 from tests.system.pair import Pair
 from tests.system.proxy import Proxy
 
 NEAR_OFF = {"NEAR_REPLAY_BYTES": "0"}
 """So that each replay asks Redis or Postgres."""
+
+
+def repeated(short: int, soak: int) -> pytest.MarkDecorator:
+    """Gives a test its number of `rounds`: `short` in `make test`, `soak` in `make soak`."""
+    marks = [pytest.mark.soak, pytest.mark.timeout(1800)]
+    return pytest.mark.parametrize(
+        "rounds", [pytest.param(short, id="short"), pytest.param(soak, id="soak", marks=marks)]
+    )
 
 
 def metric(world: World, service: str, name: str, **labels: str) -> float:
@@ -37,6 +47,11 @@ def metric(world: World, service: str, name: str, **labels: str) -> float:
         for sample in family.samples
         if sample.name == name and sample.labels == labels
     )
+
+
+def show(what: str, number: int, of: int) -> None:
+    """Tells how far a long test has come, on one line."""
+    print(f"\r{what}: {number} of {of}", end="" if number < of else "\n", flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +74,8 @@ def start_world(
     """A function that starts a pair with a database and a Valkey of its own, for the rest of the module.
 
     `proxied` names what is reached through a proxy: `postgres`, `redis`, `idempotency`, `controller` (the first one;
-    its clients then use the proxy's target). The other arguments are those of Pair.
+    its clients then use the proxy's target). `redis_binary` runs in place of Valkey. The other arguments are those of
+    Pair.
     """
     started: list[World] = []
 
@@ -68,10 +84,11 @@ def start_world(
         proxied: Collection[str] = (),
         controller_env: Mapping[str, str] | None = None,
         database_url: str = "",
+        redis_binary: Path | None = None,
         **settings: Any,
     ) -> World:
         directory = tmp_path_factory.mktemp("world")
-        valkey = Valkey(directory / "valkey", port=free_port(), log=directory / "valkey.log")
+        valkey = Valkey(directory / "valkey", port=free_port(), log=directory / "valkey.log", binary=redis_binary)
         valkey.start()
         url, redis_url = database_url or new_database(), valkey.url
         proxies: dict[str, Proxy] = {}
@@ -130,3 +147,14 @@ async def tenant(world: World, issuer: Issuer) -> AsyncIterator[Tenant]:
     own = Tenant(issuer, world.pair.controller_target)
     yield own
     await own.close()
+
+
+@pytest_asyncio.fixture
+async def traffic(world: World, issuer: Issuer) -> AsyncIterator[Traffic]:
+    """Traffic of a tenant of this test's own, at both controllers of the module's pair."""
+    first, second = world.pair.controller_targets
+    tenant = Tenant(issuer, first)
+    made = Traffic(History(), [tenant.agent(connections=2), tenant.agent(target=second, connections=2)])
+    await made.prepare()
+    yield made
+    await tenant.close()

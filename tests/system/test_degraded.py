@@ -153,12 +153,32 @@ def world(start_world: Callable[..., World]) -> World:
     return start_world(controller_env=NEAR_OFF)
 
 
+def configure(world: World, **settings: str) -> None:
+    with redis.Redis.from_url(world.valkey.url) as connection:
+        for name, value in settings.items():
+            connection.config_set(name, value)
+
+
+def follow(world: World, host: str, port: str) -> None:
+    with redis.Redis.from_url(world.valkey.url) as connection:
+        connection.replicaof(host, port)
+
+
 FAULTS: dict[str, tuple[Callable[[World], Any], Callable[[World], Any]]] = {
     "Redis stopped": (lambda world: world.valkey.stop(), lambda world: world.valkey.start()),
     "Redis killed": (lambda world: world.valkey.child.kill(), lambda world: world.valkey.start()),
     "Redis hangs": (
         lambda world: world.valkey.child.send(signal.SIGSTOP),
         lambda world: world.valkey.child.send(signal.SIGCONT),
+    ),
+    "Redis out of memory": (
+        lambda world: configure(world, maxmemory="1"),
+        lambda world: configure(world, maxmemory="0"),
+    ),
+    "Redis read-only": (lambda world: follow(world, "127.0.0.1", "1"), lambda world: follow(world, "NO", "ONE")),
+    "Redis evicting": (
+        lambda world: configure(world, **{"maxmemory-policy": "allkeys-lru"}),
+        lambda world: configure(world, **{"maxmemory-policy": "noeviction"}),
     ),
     "idempotency_svc killed": (
         lambda world: world.pair.kill("idempotency"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import secrets
 from collections import Counter
@@ -15,8 +16,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
 from tests.client import PLANNER, WORKER, Agent, Answer, Tenant, struct
-from tests.system.conftest import World
-from tests.system.metrics import sample
+from tests.system.conftest import World, metric, repeated, show
 
 UNKNOWN = "01900000-0000-7000-8000-000000000000"
 
@@ -45,9 +45,9 @@ def named(world: World, tenant: Tenant) -> Counter[str]:
 
 def groups_above(world: World, size: int) -> float:
     """How many groups of writes with more commands than this the controller has sent."""
-    port = world.pair.metrics_ports["controller"]
     all_, small = (
-        sample(port, "orchestrator_group_size_bucket", queue="write", le=bound) for bound in ("+Inf", f"{size:.1f}")
+        metric(world, "controller", "orchestrator_group_size_bucket", queue="write", le=bound)
+        for bound in ("+Inf", f"{size:.1f}")
     )
     return all_ - small
 
@@ -75,22 +75,25 @@ def world(start_world: Callable[..., World]) -> World:
     return start_world(proxied={"postgres"})
 
 
-async def test_backends_ended_at_any_moment(world: World, tenant: Tenant) -> None:
-    await _check_lost_connections(world, tenant, world.tables.end_backends)
+@repeated(short=12, soak=100)
+async def test_backends_ended_at_any_moment(rounds: int, world: World, tenant: Tenant) -> None:
+    await _check_lost_connections(rounds, world, tenant, world.tables.end_backends)
 
 
-async def test_backends_ended_in_commits(world: World, tenant: Tenant) -> None:
+@repeated(short=12, soak=100)
+async def test_backends_ended_in_commits(rounds: int, world: World, tenant: Tenant) -> None:
     with slow_commits(world):
-        await _check_lost_connections(world, tenant, world.tables.end_backends, longest_pause=0.5)
+        await _check_lost_connections(rounds, world, tenant, world.tables.end_backends, longest_pause=0.5)
 
 
-async def test_answers_lost_after_commits(world: World, tenant: Tenant) -> None:
+@repeated(short=12, soak=100)
+async def test_answers_lost_after_commits(rounds: int, world: World, tenant: Tenant) -> None:
     """Postgres has written; what it said got lost on its way to the controller."""
-    await _check_lost_connections(world, tenant, world.proxies["postgres"].lose_answers)
+    await _check_lost_connections(rounds, world, tenant, world.proxies["postgres"].lose_answers)
 
 
 async def _check_lost_connections(
-    world: World, tenant: Tenant, lose: Callable[[], int], *, longest_pause: float = 0.08
+    rounds: int, world: World, tenant: Tenant, lose: Callable[[], int], *, longest_pause: float = 0.08
 ) -> None:
     """Keyed and keyless calls together: OK or UNAVAILABLE; what is said to be unwritten is; retries converge."""
     agent = tenant.agent(connections=2)
@@ -102,7 +105,7 @@ async def _check_lost_connections(
 
     async def caller(number: int) -> None:
         rng = random.Random(number)
-        for n in range(10_000):
+        for n in itertools.count():
             if stop.is_set():
                 return
             name = f"{number}-{n}"
@@ -118,10 +121,11 @@ async def _check_lost_connections(
     rng = random.Random(7)
     ended = 0
     callers = [asyncio.create_task(caller(number)) for number in range(40)]
-    async with asyncio.timeout(200):
-        while ended < 12 or len(keyed) + len(keyless) + len(updates) < 200:
+    async with asyncio.timeout(200 + 10 * rounds):
+        while ended < rounds or len(keyed) + len(keyless) + len(updates) < 200:
             await asyncio.sleep(rng.uniform(0.002, longest_pause))
             ended += lose()
+            show("connections", min(ended, rounds), rounds)
     stop.set()
     await asyncio.gather(*callers)
     first = [answers[0] for answers in keyed.values()]

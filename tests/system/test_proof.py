@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
-import pytest_asyncio
 
-from deploy.local.issuer import Issuer
-from tests.client import Tenant
-from tests.history import History, Traffic
-from tests.system.conftest import NEAR_OFF, World
+from tests.history import Traffic
+from tests.system.conftest import NEAR_OFF, World, repeated, show
 
 KILLS = {
     "controller": (
@@ -39,24 +36,7 @@ def world(start_world: Callable[..., World]) -> World:
     )
 
 
-@pytest_asyncio.fixture
-async def traffic(world: World, issuer: Issuer) -> AsyncIterator[Traffic]:
-    """Traffic of a tenant of this test's own, at both controllers."""
-    first, second = world.pair.controller_targets
-    tenant = Tenant(issuer, first)
-    made = Traffic(History(), [tenant.agent(connections=2), tenant.agent(target=second, connections=2)])
-    await made.prepare()
-    yield made
-    await tenant.close()
-
-
-@pytest.mark.parametrize(
-    "rounds",
-    [
-        pytest.param(1, id="short"),
-        pytest.param(100, id="soak", marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
-    ],
-)
+@repeated(short=1, soak=100)
 @pytest.mark.parametrize("victim,failpoint", [(victim, name) for victim, names in KILLS.items() for name in names])
 async def test_killed_at(victim: str, failpoint: str, rounds: int, world: World, traffic: Traffic) -> None:
     """The first controller, or idempotency_svc, ends by SIGKILL right there, under mixed calls; retries go to both."""
@@ -70,10 +50,10 @@ async def test_killed_at(victim: str, failpoint: str, rounds: int, world: World,
             await traffic.burst(12, agent=traffic.agents[0], timeout=2)
             await asyncio.sleep(0.02)  # completions go off the callers' path
         await asyncio.to_thread(world.pair.start, victim)
-        print(f"\r{failpoint}: {number + 1} of {rounds}", end="", flush=True)
+        show(failpoint, number + 1, rounds)
     await traffic.burst(20)
     await history.settle()
     await history.again(100)
-    print(f" {dict(history.verdicts())}")
+    print(dict(history.verdicts()))
     history.enough(10 * rounds, {failpoint: len(failpoints.hits) - hits == rounds})
     history.check(world.tables)

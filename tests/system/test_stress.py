@@ -21,7 +21,8 @@ WRITERS = 4
 
 
 @pytest.mark.parametrize(
-    "seconds", [pytest.param(35, id="short"), pytest.param(600, id="soak", marks=pytest.mark.soak)]
+    "seconds",
+    [pytest.param(35, id="short"), pytest.param(600, id="soak", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])],
 )
 def test_every_write_takes_effect_once_under_kills(database_url: str, tmp_path: Path, seconds: int) -> None:
     """SIGKILL, SIGSTOP and ended backends all the while; then the answers are held against the tables."""

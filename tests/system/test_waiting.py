@@ -16,8 +16,7 @@ from deploy.local.issuer import Issuer
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from tests.client import PASSING, PLANNER, Agent, Answer, Tenant
 from tests.oracle import eventually
-from tests.system.conftest import NEAR_OFF, World
-from tests.system.metrics import sample
+from tests.system.conftest import NEAR_OFF, World, metric, repeated, show
 
 CLIENTS = 10_000
 REQUEST = sessions_pb.CreateSessionRequest(agent_role=PLANNER)
@@ -96,26 +95,19 @@ async def test_ten_thousand_clients_of_one_key(world: World, tenant: Tenant) -> 
     assert script_calls(world) - calls < CLIENTS / 4
     for name in names:
         assert memory_of(world.pair.services[name].pid) - before[name] < 200 << 20
-    assert sample(world.pair.metrics_ports["idempotency"], "orchestrator_idempotency_waiters") == 0
+    assert metric(world, "idempotency", "orchestrator_idempotency_waiters") == 0
     world.tables.check()
 
 
-@pytest.mark.parametrize(
-    "rounds",
-    [
-        pytest.param(2, id="short"),
-        pytest.param(100, id="soak", marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
-    ],
-)
+@repeated(2, 100)
 async def test_owner_dies_while_others_wait(rounds: int, world: World, tenant: Tenant) -> None:
     """SIGKILL before its write; callers wait at two other controllers, and exactly one of those goes on."""
     owner, *others = agents_of(tenant, world, connections=2)
-    idempotency = world.pair.metrics_ports["idempotency"]
     failpoints = world.pair.failpoints["controller"]
     started = len(failpoints.hits)
 
     def takeovers() -> float:
-        return sample(idempotency, "orchestrator_idempotency_outcomes_total", step="claim", outcome="takeover")
+        return metric(world, "idempotency", "orchestrator_idempotency_outcomes_total", step="claim", outcome="takeover")
 
     for number in range(rounds):
         for agent in (owner, *others):
@@ -132,6 +124,6 @@ async def test_owner_dies_while_others_wait(rounds: int, world: World, tenant: T
         assert sum(not answer.replayed for answer in answers) == 1, "one of those who waited was promoted"
         assert takeovers() == before + 1
         await asyncio.to_thread(world.pair.start, "controller")
-        print(f"\rowner killed: {number + 1} of {rounds}", end="", flush=True)
+        show("owner killed", number + 1, rounds)
     assert world.tables.sessions(tenant.name) == rounds + 1
     world.tables.check()

@@ -47,6 +47,7 @@ def test_nothing_is_allowed_by_default() -> None:
             "NoOption": {"policy": False},
             "NoPermission": {"permission": ""},
             "NoWriteMode": {"write": options_pb2.WRITE_MODE_UNSPECIFIED},
+            "GuardedStream": {"write": options_pb2.WRITE_MODE_GUARDED, "stream": True},
             "Upload": {"upload": True},
         },
     )
@@ -54,5 +55,5 @@ def test_nothing_is_allowed_by_default() -> None:
         policies(service, 16384)
     text = str(error.value)
     assert "Fine" not in text
-    for name in ("NoOption", "NoPermission", "NoWriteMode", "Upload"):
+    for name in ("NoOption", "NoPermission", "NoWriteMode", "GuardedStream", "Upload"):
         assert f"svckit.test.Faulty.{name}:" in text

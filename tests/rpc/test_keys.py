@@ -1,0 +1,187 @@
+"""Keys as no client of ours would send them, and keys where none is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
+from tests.client import PLANNER, Agent, Tenant, full_method
+from tests.oracle import Tables
+
+METHOD = sessions_pb.DESCRIPTOR.services_by_name["SessionService"].methods_by_name["CreateSession"]
+VISIBLE = {chr(code) for code in range(33, 127)}
+
+
+def is_good(key: str) -> bool:
+    return 1 <= len(key) <= 255 and set(key) <= VISIBLE
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_whatever_is_sent_as_a_key_is_taken_or_refused(
+    seed: int, agent: Agent, tenant: Tenant, tables: Tables
+) -> None:
+    """Random lengths, characters and numbers of keys: a good one has one effect, any other none and its own reason."""
+    rng = random.Random(seed)
+    alphabet = [chr(code) for code in range(32, 127)]  # what a client of gRPC lets pass
+    request = sessions_pb.CreateSessionRequest(agent_role=PLANNER)
+    effects: set[str] = set()
+    for _ in range(60):
+        keys = [
+            "".join(
+                rng.choices(
+                    alphabet if rng.random() < 0.5 else sorted(VISIBLE), k=rng.choice((0, 1, 2, 9, 254, 255, 256, 4000))
+                )
+            )
+            for _ in range(rng.choice((1, 1, 1, 1, 2, 3)))
+        ]
+        answer = await agent.ask(request, metadata=[("idempotency-key", key) for key in keys])
+        if len(keys) == 1 and is_good(keys[0]):
+            assert answer.ok, f"{keys}: {answer}"
+            effects.add(keys[0])
+        else:
+            assert answer.refusal == ("INVALID_ARGUMENT", "IDEMPOTENCY_KEY_INVALID"), f"{keys}: {answer}"
+            assert answer.fields == ["idempotency-key"]
+    assert tables.sessions(tenant.name) == tables.audits(tenant.name) == len(effects)
+
+
+async def test_parts_of_a_scope_cannot_be_moved_into_one_another(tenant: Tenant, tables: Tables) -> None:
+    """Whatever separators a subject and a key contain, no two pairs of them are one key."""
+    request = sessions_pb.CreateSessionRequest(agent_role=PLANNER)
+    bodies = set()
+    for separator in (":", "/", "|", "\\0", ","):
+        for subject, key in ((f"a{separator}b", "c"), ("a", f"b{separator}c"), (f"a{separator}", f"b{separator}c")):
+            answer = await tenant.agent(subject).ask(request, key=key)
+            assert answer.ok and not answer.replayed
+            bodies.add(answer.body)
+    assert len(bodies) == tables.sessions(tenant.name) == 15
+
+
+async def test_a_key_of_ten_megabytes(agent: Agent, tenant: Tenant, tables: Tables) -> None:
+    """gRPC itself refuses it; the next call is served."""
+    with tables.unchanged(tenant.name):
+        answer = await agent.ask(sessions_pb.CreateSessionRequest(agent_role=PLANNER), key="k" * (10 << 20))
+        assert answer.code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE), str(answer)
+    assert (await agent.ask(sessions_pb.CreateSessionRequest(agent_role=PLANNER), key="k")).ok
+
+
+# -- what no client of gRPC sends: frames made by hand --
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def header(name: bytes, value: bytes) -> bytes:
+    """HPACK: a literal that enters no table, without Huffman codes."""
+
+    def text(raw: bytes) -> bytes:
+        return bytes([len(raw)]) + raw if len(raw) < 127 else b"\x7f" + _more(len(raw) - 127) + raw
+
+    return b"\0" + text(name) + text(value)
+
+
+def _more(number: int) -> bytes:
+    parts = bytearray()
+    while number >= 128:
+        parts.append(number % 128 | 128)
+        number //= 128
+    return bytes([*parts, number])
+
+
+async def raw_call(agent: Agent, keys: Iterable[bytes], message: bytes) -> None:
+    """Sends a CreateSession with these bytes as keys, and waits until the server ends the stream or the connection."""
+    host, _, port = agent.target.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    headers = [
+        (b":method", b"POST"),
+        (b":scheme", b"http"),
+        (b":path", full_method(METHOD).encode()),
+        (b":authority", agent.target.encode()),
+        (b"content-type", b"application/grpc"),
+        (b"te", b"trailers"),
+        (b"authorization", f"Bearer {agent.token}".encode()),
+        *((b"idempotency-key", key) for key in keys),
+    ]
+    block = b"".join(header(name, value) for name, value in headers)
+    body = b"\0" + len(message).to_bytes(4, "big") + message
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+    writer.write(frame(1, 0x4, 1, block) + frame(0, 0x1, 1, body))
+    await writer.drain()
+    try:
+        async with asyncio.timeout(30):
+            while True:
+                head = await reader.readexactly(9)
+                await reader.readexactly(int.from_bytes(head[:3], "big"))
+                kind, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
+                if stream == 1 and (kind == 3 or (kind == 1 and flags & 1)):  # RST_STREAM, or trailers
+                    return
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return
+    finally:
+        writer.close()
+
+
+async def test_bytes_that_are_no_text(agent: Agent, tenant: Tenant, tables: Tables) -> None:
+    """Control characters, NUL, what is no ASCII and no UTF-8, in any place: no effect, and the server goes on."""
+    message = sessions_pb.CreateSessionRequest(agent_role=PLANNER).SerializeToString()
+    await raw_call(agent, [b"good"], message)
+    assert tables.sessions(tenant.name) == 1, "frames made by hand arrive"
+    with tables.unchanged(tenant.name):
+        for bad in (
+            b"\0",
+            b"\r\n",
+            b"\n",
+            b"\x7f",
+            b"\x1b[2J",
+            b"\xff\xfe",
+            "é".encode(),
+            "\u202e".encode(),
+            b"\t",
+            b"a b",
+        ):
+            for key in (bad, b"k" + bad + b"k", bad * 80):
+                if key.strip(b" \t"):
+                    await raw_call(agent, [key], message)
+        await raw_call(agent, [b"one", b"two"], message)
+        await raw_call(agent, [b"one,two", b"one"], message)
+    again = await agent.ask(sessions_pb.CreateSessionRequest(agent_role=PLANNER), key="good")
+    assert again.ok and again.replayed
+
+
+# -- where no key is wanted --
+
+
+async def test_streams_and_reads_take_no_notice_of_a_key(agent: Agent, tenant: Tenant, tables: Tables) -> None:
+    """Those there are, the servers' own included: whatever the key, each is answered anew, and nothing is kept."""
+    key = (("idempotency-key", "k"),)
+    session = await agent.create()
+    stub = agent.channels[0]
+    for verb in ("Activate", "Pause"):
+        guards = tables.guards(tenant.name)
+        watch = stub.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )(health_pb2.HealthCheckRequest(), metadata=key, timeout=10)
+        health: Any = await watch.read()
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+        listed = stub.stream_stream(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), metadata=key, timeout=10)
+        answer: Any = await listed.read()
+        assert answer.list_services_response.service
+        read = await agent.ask(sessions_pb.GetSessionRequest(session_id=session.id), key="k")
+        assert read.response.session.etag == session.etag and not read.replayed
+        assert tables.guards(tenant.name) == guards
+        session = (await agent.change(verb, session.id)).response.session
