@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from struct import unpack_from
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import psycopg
 import pytest
 import redis
 
-from controller_svc import mutation
+from controller_svc import idempotency, mutation
 from controller_svc.fingerprint import earlier_fingerprint_of
 from controller_svc.idempotency import COMPLETE_GATHER, MAX_ANSWER_BYTES, Idempotency
 from controller_svc.mutation import Door, Lifetimes
@@ -40,6 +41,7 @@ class Stub:
         self.outcomes: list[str] = []
         self.claims: list[pb.ClaimItem] = []
         self.extended: list[pb.ExtendItem] = []
+        self.asked_to_wait = asyncio.Event()
         self.largest = 0
 
     def lose_all(self) -> None:
@@ -54,6 +56,7 @@ class Stub:
         return response
 
     async def Await(self, request: pb.AwaitRequest, *, timeout: float) -> pb.AwaitResponse:
+        self.asked_to_wait.set()
         response = pb.AwaitResponse.FromString(await self._servicer.Await(request, NO_CALL))
         self.outcomes.append(response.outcome.WhichOneof("outcome") or "")
         return response
@@ -224,13 +227,8 @@ async def test_busy_until_the_deadline_is_told(client: Client, stub: Stub) -> No
     assert await client.rows("select count(*) from sessions") == [(0,)]
 
 
-async def test_busy_is_answered_as_soon_as_the_owner_is(client: Client, stub: Stub) -> None:
-    """The other process' completion is a sign; before that nothing more than one wait a second is asked."""
-    item = await scope_item(client, stub, "k", a=1)
-    await foreign_claim(stub, item, lease_millis=60_000)
-    waiting = [asyncio.create_task(client.create("k", a=1)) for _ in range(10)]
-    while "busy" not in stub.outcomes[1:]:
-        await asyncio.sleep(0.01)
+async def told_by_another(client: Client, stub: Stub, item: pb.ClaimItem) -> None:
+    """Completes the foreign claim as its process would."""
     completion = pb.CompleteItem(
         scope=item.scope,
         fingerprints=item.fingerprints,
@@ -241,6 +239,16 @@ async def test_busy_is_answered_as_soon_as_the_owner_is(client: Client, stub: St
         timeline=client.database.timeline,
     )
     await stub.Complete(pb.CompleteRequest(items=[completion]), timeout=1)
+
+
+async def test_busy_is_answered_as_soon_as_the_owner_is(client: Client, stub: Stub) -> None:
+    """The other process' completion is a sign; before that nothing more than one wait a second is asked."""
+    item = await scope_item(client, stub, "k", a=1)
+    await foreign_claim(stub, item, lease_millis=60_000)
+    waiting = [asyncio.create_task(client.create("k", a=1)) for _ in range(10)]
+    while "busy" not in stub.outcomes[1:]:
+        await asyncio.sleep(0.01)
+    await told_by_another(client, stub, item)
     assert await asyncio.gather(*waiting) == ["told replayed"] * 10
     assert stub.outcomes[-1] == "replay"
     assert await client.rows("select count(*) from sessions") == [(0,)]
@@ -292,6 +300,105 @@ async def test_what_is_sent_again_keeps_its_key(client: Client, stub: Stub, monk
     assert await client.rows("select count(*) from sessions") == [(1,)]
 
 
+@contextmanager
+def held_in_postgres(client: Client, item: pb.ClaimItem) -> Iterator[None]:
+    """While inside, another process' statement has the lock of the key."""
+    with psycopg.connect(client.url, autocommit=True) as stranger:
+        stranger.execute("select pg_advisory_lock(%s)", unpack_from(">q", item.scope))
+        yield
+
+
+async def test_who_meets_its_key_in_postgres_waits_for_the_owner(client: Client, stub: Stub) -> None:
+    client.door.replayed = 0.0
+    item = await scope_item(client, stub, "k", a=1)
+    await foreign_claim(stub, item, lease_millis=60_000)
+    stub.outcomes.clear()
+    with held_in_postgres(client, item):
+        with pytest.raises(Aborted) as busy:
+            await client.create("k", seconds=1, a=1)
+        assert busy.value.reason == "IDEMPOTENCY_IN_PROGRESS"
+        assert set(stub.outcomes) == {"busy"}
+        call = asyncio.create_task(client.create("k", a=1))
+        await stub.asked_to_wait.wait()
+        await told_by_another(client, stub, item)
+        assert await call == "told replayed"
+    assert await client.rows("select count(*) from sessions") == [(0,)]
+
+
+async def test_who_meets_its_key_in_postgres_and_nowhere_else_waits_there(client: Client, stub: Stub) -> None:
+    """The other has not announced itself yet, or is away from Redis."""
+    client.door.replayed = 0.0
+    item = await scope_item(client, stub, "k", a=1)
+    with held_in_postgres(client, item):
+        with pytest.raises(Aborted) as busy:
+            await client.create("k", seconds=1, a=1)
+        assert busy.value.reason == "IDEMPOTENCY_IN_PROGRESS"
+        call = asyncio.create_task(client.create("k", a=1))
+        await asyncio.sleep(0.5)
+        assert not call.done()
+    assert not (await call).endswith("replayed")
+    assert await client.rows("select count(*) from sessions") == [(1,)]
+
+
+async def test_a_record_of_an_earlier_version_is_compared_by_its_one_fingerprint(client: Client, stub: Stub) -> None:
+    """Its owner is at work still, or gave up, so that no guard could tell."""
+    item = await scope_item(client, stub, "k", a=1)
+    stub.lose_all()
+    del item.fingerprints[:]
+    item.fingerprints.add(kind=1, digest=earlier_fingerprint_of(create_request(a=1)))
+    await foreign_claim(stub, item, lease_millis=60_000)
+    with pytest.raises(FailedPrecondition, match="IDEMPOTENCY_KEY_REUSED"):
+        await client.create("k", a=2)
+    with pytest.raises(Aborted, match="IDEMPOTENCY_IN_PROGRESS"):
+        await client.create("k", seconds=0.5, a=1)
+    await stub.Release(pb.ReleaseRequest(items=[pb.ReleaseItem(scope=item.scope, nonce=item.nonce)]), timeout=1)
+    with pytest.raises(FailedPrecondition, match="IDEMPOTENCY_KEY_REUSED"):
+        await client.create("k", a=2)
+    first = await client.create("k", a=1)
+    await completed()
+    assert await client.create("k", a=1) == first + " replayed"
+
+
+async def test_a_release_out_of_reach_is_told_again(
+    client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim before it may have been on its way to a Redis that stood still, and have arrived since."""
+    monkeypatch.setattr(idempotency, "RELEASE_AGAIN_SECONDS", 0.05)
+    told: list[pb.ReleaseRequest] = []
+    release = stub.Release
+
+    async def away_at_first(request: pb.ReleaseRequest, *, timeout: float) -> pb.ReleaseResponse:
+        told.append(request)
+        if len(told) > 1:
+            return await release(request, timeout=timeout)
+        return pb.ReleaseResponse(outcomes=[pb.ReleaseOutcome(result=pb.ReleaseOutcome.RESULT_AWAY)])
+
+    monkeypatch.setattr(stub, "Release", away_at_first)
+    item = await scope_item(client, stub, "k", a=1)
+    while len(told) < 2:
+        await asyncio.sleep(0.01)
+    await completed()
+    assert told[0] == told[1]
+    await foreign_claim(stub, item, lease_millis=1000)
+    assert stub.outcomes[-1] == "acquired"
+
+
+async def test_who_has_left_does_not_count_among_those_who_wait(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mutation, "MAX_FOLLOWERS", 3)
+    with a_write_under_way(monkeypatch) as there:
+        owner = asyncio.create_task(client.create("k", a=1))
+        await there.wait()
+        for _ in range(5):
+            leaving = asyncio.create_task(client.create("k", a=1))
+            await asyncio.sleep(0.01)
+            leaving.cancel()
+        staying = asyncio.create_task(client.create("k", a=1))
+        await asyncio.sleep(0.01)
+    assert await staying == await owner + " replayed"
+
+
 async def test_busy_looks_at_the_guard_first(client: Client, stub: Stub) -> None:
     """Its owner may have died between COMMIT and Complete."""
     first = await client.create("k", a=1)
@@ -332,8 +439,11 @@ async def test_an_answer_that_a_failover_lost_is_not_replayed(
     (data / "standby.signal").touch()
     own_postgres.start()
     with psycopg.connect(own_postgres.url, autocommit=True) as connection:
+        while client.database.ready:
+            await asyncio.sleep(0.01)
         connection.execute("select pg_promote()")
-    await ready(client)
+    while not client.database.ready:
+        await asyncio.sleep(0)
     again = await create_when_there(client)
     assert again != lost
     assert stub.outcomes[-1] == "replay"

@@ -23,7 +23,7 @@ from controller_svc.core.sessions import ChangeSession, CreateSession, Session, 
 from controller_svc.core.tasks import TaskMutations
 from controller_svc.idempotency import Idempotency
 from controller_svc.mutation import Door, Lifetimes
-from controller_svc.store.database import Database
+from controller_svc.store.database import Database, resource_busy
 from controller_svc.store.read import read_guards
 from controller_svc.store.sessions import Sessions
 from controller_svc.store.tasks import Tasks
@@ -183,6 +183,28 @@ async def test_same_key_same_answer_one_row(client: Client) -> None:
     assert await client.create() != await client.create()
     assert await client.rows("select count(*) from sessions") == [(4,)]
     assert await client.rows("select count(*) from audit_events") == [(4,)]
+
+
+async def test_who_is_taken_out_of_line_is_not_written(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even in the turn of the loop between the forming of its group and the group's first step."""
+    groups = client.door._groups
+    launch = groups._launch
+
+    def launch_and_leave() -> None:
+        group = list(groups._waiting)
+        launch()
+        for attempt in group:
+            client.door._leave(attempt, resource_busy())
+
+    monkeypatch.setattr(groups, "_launch", launch_and_leave)
+    for key in (None, "k"):
+        with pytest.raises(Aborted) as told:
+            await client.create(key)
+        assert told.value.reason == "RESOURCE_BUSY"
+    await client.door.close()
+    assert await client.rows("select count(*) from sessions") == [(0,)]
+    monkeypatch.undo()
+    assert not (await client.create("k")).endswith("replayed")
 
 
 async def test_200_at_once_with_one_key(client: Client) -> None:
