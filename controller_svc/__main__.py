@@ -93,7 +93,11 @@ async def serve(settings: ControllerSettings) -> None:
         (session_service_pb2, "SessionService", SessionServicer(door, sessions, session_mutations, pages)),
         (task_service_pb2, "TaskService", TaskServicer(door, claims, tasks, task_mutations, pages)),
         (audit_service_pb2, "AuditService", AuditServicer(Audit(database), pages)),
-        (record_service_pb2, "RecordService", RecordServicer(Guards(database), Records(stub))),
+        (
+            record_service_pb2,
+            "RecordService",
+            RecordServicer(Guards(database), Records(stub, ttl=settings.idempotency_ttl_seconds)),
+        ),
         (status_service_pb2, "StatusService", StatusServicer(database, idempotency, version("orchestrator"))),
     ):
         server.register(file.DESCRIPTOR.services_by_name[name], servicer)

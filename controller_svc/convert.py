@@ -699,6 +699,8 @@ def fill_record(message: records_pb.Record, record: RecordFacts) -> None:
     message.timeline = record.timeline
     message.fingerprint_kinds.extend(record.fingerprint_kinds)
     message.answer_bytes = record.answer_bytes
+    if record.age is not None:
+        fill_span(message.age, record.age)
 
 
 # -- status --

@@ -27,9 +27,10 @@ _STATES = {
 class Records:
     """The contract core.records.RecordCache. It asks whatever the breaker of the fast path says."""
 
-    def __init__(self, stub: IdempotencyServiceAsyncStub | None) -> None:
-        """`stub` None: idempotency_svc is switched off."""
+    def __init__(self, stub: IdempotencyServiceAsyncStub | None, *, ttl: float) -> None:
+        """`stub` None: idempotency_svc is switched off. `ttl` is the life of a claimed record in seconds."""
         self._stub = stub
+        self._ttl = timedelta(seconds=ttl)
 
     async def facts(self, scope: bytes) -> RecordFacts | None:
         """The record of a scope."""
@@ -39,9 +40,12 @@ class Records:
             return None
         record = outcome.record
         in_progress = record.state == pb.GetOutcome.Record.STATE_IN_PROGRESS
+        completed = record.state == pb.GetOutcome.Record.STATE_COMPLETED
+        ttl_left = timedelta(milliseconds=record.ttl_left_millis)
         return RecordFacts(
             state=_STATES.get(record.state, RecordState.UNSPECIFIED),
-            ttl_left=timedelta(milliseconds=record.ttl_left_millis),
+            ttl_left=ttl_left,
+            age=None if completed else max(self._ttl - ttl_left, timedelta()),
             lease_left=timedelta(milliseconds=record.lease_left_millis) if in_progress else None,
             epoch=record.epoch,
             code=record.code,

@@ -33,6 +33,10 @@ ALWAYS_CHANGES = (
 """Requests whose OK answers always stand for an effect; a verb may find that it has nothing to change."""
 
 
+REPEATED = 0.35
+"""The share of answers that traffic asks for again."""
+
+
 class ViolationError(AssertionError):
     """The history shows a write that took effect otherwise than its callers were told."""
 
@@ -321,7 +325,10 @@ class Traffic:
                     yield tasks_pb.ClaimTasksRequest(role=WORKER, max_tasks=2), key
 
     async def one(self, request: Message, key: str, *, agent: Agent | None = None, timeout: float = 10) -> Told:
-        """One call; claimed tasks are completed, each by a key of its own."""
+        """One call; claimed tasks are completed, each by a key of its own.
+
+        A third of the answers is asked for again: replays are so frequent then that claims go first.
+        """
         told = await self.history.ask(agent or self._rng.choice(self.agents), request, key=key, timeout=timeout)
         if told.lasting and told.answer is not None and isinstance(request, tasks_pb.ClaimTasksRequest):
             for claimed in told.answer.response.tasks:
@@ -332,6 +339,8 @@ class Traffic:
                     key=f"complete-{claimed.lease_id}",
                     timeout=timeout,
                 )
+        if told.lasting and key and self._rng.random() < REPEATED:
+            await self.history.ask(agent or self._rng.choice(self.agents), request, key=key, timeout=timeout)
         return told
 
     async def burst(self, calls: int, *, agent: Agent | None = None, timeout: float = 10) -> None:

@@ -41,6 +41,8 @@ class RecordFacts:
 
     state: RecordState
     ttl_left: timedelta
+    age: timedelta | None
+    """Since its last owner claimed it; None for a completed one, whose guard tells."""
     lease_left: timedelta | None
     """None unless it is in progress; zero when it may be taken over."""
     epoch: int

@@ -110,6 +110,7 @@ async def test_the_record_of_an_answer(agent: Agent) -> None:
     assert (record.state, record.code, record.durable) == (records_pb.Record.STATE_COMPLETED, 0, True)
     assert (record.answer_bytes, list(record.fingerprint_kinds)) == (len(answer.body), [2, 3])
     assert 86_000 < record.ttl_left.seconds <= 86_400
+    assert not record.HasField("age"), "its guard tells"
     release = records_pb.ReleaseRecordRequest(method=CREATE, subject="agent-1", idempotency_key=key)
     assert not (await agent.ask(release)).response.released, "an answer stays"
     assert (await record_of(agent, key)).state == records_pb.Record.STATE_COMPLETED
@@ -126,7 +127,7 @@ async def test_a_record_in_progress_is_released(
         fingerprints=[idempotency_pb.Fingerprint(kind=2, digest=bytes(32))],
         nonce=bytes(16),
         lease_millis=3_600_000,
-        ttl_millis=3_600_000,
+        ttl_millis=86_400_000 - 60_000,  # as a minute after its claim
     )
     signer = TokenSigner(
         service_keys.private, issuer="controller_svc", subject="controller_svc", audience="idempotency_svc"
@@ -137,6 +138,7 @@ async def test_a_record_in_progress_is_released(
     record = (await agent.ask(named(key))).response.record
     assert record.state == records_pb.Record.STATE_IN_PROGRESS
     assert 3590 < record.lease_left.seconds <= 3600
+    assert 60 <= record.age.seconds < 70
     release = records_pb.ReleaseRecordRequest(method=CREATE, subject="agent-1", idempotency_key=key)
     assert (await agent.ask(release)).response.released
     assert not (await agent.ask(release)).response.released

@@ -72,11 +72,13 @@ PLACES: Mapping[str, tuple[Place, ...]] = {
         Place("controller_svc.store.claims", "claim_tasks", "before-take", "after-take", _lost_connection),
         Place("controller_svc.mutation:Door", "write", "before-door", "before-answer", _refused),
         Place(_STUB, "Claim", "before-claim", "after-claim", _unreachable),
+        Place(_STUB, "Await", "before-await", "after-await", _unreachable),
         Place(_STUB, "Complete", "before-complete", "after-complete", _unreachable),
         Place(_STUB, "Release", "before-release", "after-release", _unreachable),
     ),
     "idempotency_svc": (
         Place(_SERVICER, "Claim", "before-claim-script", "after-claim-script", _refused),
+        Place(_SERVICER, "Await", "before-wait", "after-wait", _refused),
         Place(_SERVICER, "Complete", "before-complete-script", "after-complete-script", _refused),
         Place(_SERVICER, "Release", "before-release-script", "after-release-script", _refused),
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -63,27 +64,45 @@ def script_calls(world: World) -> int:
         return int(connection.info("commandstats")["cmdstat_evalsha"]["calls"])
 
 
-async def replays(agent: Agent) -> None:
-    """Makes a controller claim before it begins, as where replays are frequent."""
-    for _ in range(20):
-        assert (await agent.ask(REQUEST, key="frequent")).ok
+def script_calls_while_all_wait(world: World) -> int:
+    """In two seconds. In a thread: the loop has 10,000 clients to look after."""
+    before = script_calls(world)
+    time.sleep(2)
+    return script_calls(world) - before
+
+
+async def replays(world: World, *agents: Agent) -> None:
+    """Makes their controllers claim before they begin, as where replays are frequent, on an idempotency_svc in use."""
+    controllers = [name for name in world.pair.services if name != "idempotency"]
+    while True:
+        for agent in agents:
+            for _ in range(20):
+                assert (await agent.ask(REQUEST, key="frequent")).ok
+        if not any(metric(world, name, "orchestrator_idempotency_degraded") for name in controllers):
+            break
+        await asyncio.sleep(0.1)
 
 
 @pytest.mark.timeout(300)
 async def test_ten_thousand_clients_of_one_key(world: World, tenant: Tenant) -> None:
-    """At two controllers, while the first to write takes two seconds: no storm, and 10,000 equal answers."""
+    """At two controllers, while the first takes five seconds to write: no storm, and 10,000 equal answers."""
     agents = agents_of(tenant, world, connections=10)[:2]
-    for agent in agents:
-        await replays(agent)
+    await replays(world, *agents)
     names = ("controller", "controller-2", "idempotency")
     before = {name: memory_of(world.pair.services[name].pid) for name in names}
-    calls = script_calls(world)
-    for name in names[:2]:
-        world.pair.failpoints[name].arm("before-write", "delay", seconds=2)
+    world.pair.failpoints["controller"].arm("before-write", "delay", seconds=5)
     told: list[Answer] = []
     with_audit = world.tables.audits(tenant.name)
-    answers = await asyncio.gather(*(by_the_contract(agents[n % 2], "one", told) for n in range(CLIENTS)))
+    first = asyncio.create_task(by_the_contract(agents[0], "one", told))
+    await eventually(lambda: "before-write" in world.pair.failpoints["controller"].hits)
+    second = asyncio.create_task(by_the_contract(agents[1], "one", told))
+    await eventually(lambda: metric(world, "idempotency", "orchestrator_idempotency_waiters"))
+    watching = asyncio.create_task(asyncio.to_thread(script_calls_while_all_wait, world))
+    clients = [first, second, *(by_the_contract(agents[n % 2], "one", told) for n in range(CLIENTS - 2))]
+    answers = await asyncio.gather(*clients)
 
+    found = await watching
+    assert 1 <= found < 20, "one line looks for all who wait"
     assert {answer.said for answer in answers} == {answers[0].said}
     assert answers[0].ok
     assert world.tables.audits(tenant.name) == with_audit + 1
@@ -91,8 +110,6 @@ async def test_ten_thousand_clients_of_one_key(world: World, tenant: Tenant) -> 
     assert {answer.refusal[0] for answer in told} <= {"ABORTED", "RESOURCE_EXHAUSTED"}
     assert any(answer.refusal == ("ABORTED", "IDEMPOTENCY_IN_PROGRESS") for answer in told)
     assert all(answer.retry_after > 0 for answer in told)
-    # One script call for a claim of up to 96 calls; without groups and lines it were one for each look of each client.
-    assert script_calls(world) - calls < CLIENTS / 4
     for name in names:
         assert memory_of(world.pair.services[name].pid) - before[name] < 200 << 20
     assert metric(world, "idempotency", "orchestrator_idempotency_waiters") == 0
@@ -110,8 +127,7 @@ async def test_owner_dies_while_others_wait(rounds: int, world: World, tenant: T
         return metric(world, "idempotency", "orchestrator_idempotency_outcomes_total", step="claim", outcome="takeover")
 
     for number in range(rounds):
-        for agent in (owner, *others):
-            await replays(agent)
+        await replays(world, owner, *others)
         key, before = secrets.token_hex(8), takeovers()
         failpoints.arm("before-write", "kill", seconds=0.3)
         dying = asyncio.create_task(owner.ask(REQUEST, key=key, timeout=1))
@@ -125,5 +141,30 @@ async def test_owner_dies_while_others_wait(rounds: int, world: World, tenant: T
         assert takeovers() == before + 1
         await asyncio.to_thread(world.pair.start, "controller")
         show("owner killed", number + 1, rounds)
+    assert world.tables.sessions(tenant.name) == rounds + 1
+    world.tables.check()
+
+
+@repeated(2, 100)
+async def test_those_who_wait_outlive_idempotency_svc_and_their_controller(
+    rounds: int, world: World, tenant: Tenant
+) -> None:
+    """While the owner is at work, SIGKILL to idempotency_svc with a waiting call, or to a controller that waits."""
+    owner, second, third = agents_of(tenant, world, connections=2)
+    for number in range(rounds):
+        await replays(world, owner, second, third)
+        victim, failpoint = (("idempotency", "before-wait"), ("controller-2", "before-await"))[number % 2]
+        key = secrets.token_hex(8)
+        world.pair.failpoints["controller"].arm("before-write", "delay", seconds=1.5)
+        world.pair.failpoints[victim].arm(failpoint, "kill", seconds=0.3)
+        waiting = [asyncio.create_task(owner.ask(REQUEST, key=key))]
+        await asyncio.sleep(0.2)
+        waiting += [asyncio.create_task(agent.insist(REQUEST, key=key)) for _ in range(20) for agent in (second, third)]
+        await eventually(lambda: not world.pair.services[victim].running)  # noqa: B023 - awaited here
+        await asyncio.to_thread(world.pair.start, victim)
+        answers = await asyncio.gather(*waiting)
+        assert len({answer.said for answer in answers}) == 1
+        assert answers[0].ok
+        show("killed while waiting", number + 1, rounds)
     assert world.tables.sessions(tenant.name) == rounds + 1
     world.tables.check()

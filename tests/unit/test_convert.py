@@ -878,6 +878,7 @@ def test_a_whole_record_becomes_a_whole_message() -> None:
     record = RecordFacts(
         state=RecordState.IN_PROGRESS,
         ttl_left=timedelta(hours=24),
+        age=timedelta(seconds=3),
         lease_left=timedelta(milliseconds=1500),
         epoch=3,
         code=5,
@@ -890,6 +891,7 @@ def test_a_whole_record_becomes_a_whole_message() -> None:
     convert.fill_record(message, record)
     assert {field.name for field, _ in message.ListFields()} == {field.name for field in message.DESCRIPTOR.fields}
     assert (message.ttl_left.seconds, message.lease_left.seconds, message.lease_left.nanos) == (86400, 1, 500_000_000)
+    assert message.age.seconds == 3
     assert (message.epoch, message.code, message.durable, message.timeline) == (3, 5, True, 7)
     assert (list(message.fingerprint_kinds), message.answer_bytes) == ([2, 3], 12)
     for state in RecordState:

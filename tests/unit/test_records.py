@@ -28,12 +28,12 @@ stub: Any = Stub()
 
 
 async def test_a_state_of_a_newer_service_is_told_as_unknown() -> None:
-    facts = await Records(stub).facts(b"s" * 32)
+    facts = await Records(stub, ttl=86400).facts(b"s" * 32)
     assert facts is not None
     assert (facts.state, facts.epoch) == (RecordState.UNSPECIFIED, 2)
 
 
 async def test_a_record_out_of_reach_is_not_told_as_released() -> None:
     with pytest.raises(Unavailable) as caught:
-        await Records(stub).release_whoever(b"s" * 32)
+        await Records(stub, ttl=86400).release_whoever(b"s" * 32)
     assert caught.value.reason == "IDEMPOTENCY_UNAVAILABLE"

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from orchestrator.options.v1 import options_pb2 as orchestrator_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/orchestrator/controller/v1/record_service.proto\x12\x1aorchestrator.controller.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%orchestrator/options/v1/options.proto\"\x84\x02\n\x05Guard\x12\x12\n\x04\x63ode\x18\x01 \x01(\x05R\x04\x63ode\x12;\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12\x1d\n\ncommand_id\x18\x04 \x01(\tR\tcommandId\x12+\n\x11\x66ingerprint_kinds\x18\x05 \x03(\rR\x10\x66ingerprintKinds\x12!\n\x0c\x61nswer_bytes\x18\x06 \x01(\x05R\x0b\x61nswerBytes\"\xc8\x03\n\x06Record\x12>\n\x05state\x18\x01 \x01(\x0e\x32(.orchestrator.controller.v1.Record.StateR\x05state\x12\x34\n\x08ttl_left\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07ttlLeft\x12\x38\n\nlease_left\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\tleaseLeft\x12\x14\n\x05\x65poch\x18\x04 \x01(\rR\x05\x65poch\x12\x12\n\x04\x63ode\x18\x05 \x01(\x05R\x04\x63ode\x12\x18\n\x07\x64urable\x18\x06 \x01(\x08R\x07\x64urable\x12\x1a\n\x08timeline\x18\x07 \x01(\rR\x08timeline\x12+\n\x11\x66ingerprint_kinds\x18\x08 \x03(\rR\x10\x66ingerprintKinds\x12!\n\x0c\x61nswer_bytes\x18\t \x01(\x05R\x0b\x61nswerBytes\"^\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11STATE_IN_PROGRESS\x10\x01\x12\x12\n\x0eSTATE_RELEASED\x10\x02\x12\x13\n\x0fSTATE_COMPLETED\x10\x03\"\x85\x01\n\x10GetRecordRequest\x12\x16\n\x06method\x18\x01 \x01(\tR\x06method\x12\x18\n\x07subject\x18\x02 \x01(\tR\x07subject\x12\'\n\x0fidempotency_key\x18\x03 \x01(\tR\x0eidempotencyKey\x12\x16\n\x06issuer\x18\x04 \x01(\tR\x06issuer\"\xb7\x01\n\x11GetRecordResponse\x12\x37\n\x05guard\x18\x01 \x01(\x0b\x32!.orchestrator.controller.v1.GuardR\x05guard\x12:\n\x06record\x18\x02 \x01(\x0b\x32\".orchestrator.controller.v1.RecordR\x06record\x12-\n\x12record_unavailable\x18\x03 \x01(\x08R\x11recordUnavailable\"\x89\x01\n\x14ReleaseRecordRequest\x12\x16\n\x06method\x18\x01 \x01(\tR\x06method\x12\x18\n\x07subject\x18\x02 \x01(\tR\x07subject\x12\'\n\x0fidempotency_key\x18\x03 \x01(\tR\x0eidempotencyKey\x12\x16\n\x06issuer\x18\x04 \x01(\tR\x06issuer\"3\n\x15ReleaseRecordResponse\x12\x1a\n\x08released\x18\x01 \x01(\x08R\x08released2\xad\x02\n\rRecordService\x12\x86\x01\n\tGetRecord\x12,.orchestrator.controller.v1.GetRecordRequest\x1a-.orchestrator.controller.v1.GetRecordResponse\"\x1c\xaa\xd4\x18\x18\n\x14orchestrator.operate\x10\x01\x12\x92\x01\n\rReleaseRecord\x12\x30.orchestrator.controller.v1.ReleaseRecordRequest\x1a\x31.orchestrator.controller.v1.ReleaseRecordResponse\"\x1c\xaa\xd4\x18\x18\n\x14orchestrator.operate\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/orchestrator/controller/v1/record_service.proto\x12\x1aorchestrator.controller.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%orchestrator/options/v1/options.proto\"\x84\x02\n\x05Guard\x12\x12\n\x04\x63ode\x18\x01 \x01(\x05R\x04\x63ode\x12;\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12\x1d\n\ncommand_id\x18\x04 \x01(\tR\tcommandId\x12+\n\x11\x66ingerprint_kinds\x18\x05 \x03(\rR\x10\x66ingerprintKinds\x12!\n\x0c\x61nswer_bytes\x18\x06 \x01(\x05R\x0b\x61nswerBytes\"\xf5\x03\n\x06Record\x12>\n\x05state\x18\x01 \x01(\x0e\x32(.orchestrator.controller.v1.Record.StateR\x05state\x12\x34\n\x08ttl_left\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07ttlLeft\x12\x38\n\nlease_left\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\tleaseLeft\x12\x14\n\x05\x65poch\x18\x04 \x01(\rR\x05\x65poch\x12\x12\n\x04\x63ode\x18\x05 \x01(\x05R\x04\x63ode\x12\x18\n\x07\x64urable\x18\x06 \x01(\x08R\x07\x64urable\x12\x1a\n\x08timeline\x18\x07 \x01(\rR\x08timeline\x12+\n\x11\x66ingerprint_kinds\x18\x08 \x03(\rR\x10\x66ingerprintKinds\x12!\n\x0c\x61nswer_bytes\x18\t \x01(\x05R\x0b\x61nswerBytes\x12+\n\x03\x61ge\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationR\x03\x61ge\"^\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11STATE_IN_PROGRESS\x10\x01\x12\x12\n\x0eSTATE_RELEASED\x10\x02\x12\x13\n\x0fSTATE_COMPLETED\x10\x03\"\x85\x01\n\x10GetRecordRequest\x12\x16\n\x06method\x18\x01 \x01(\tR\x06method\x12\x18\n\x07subject\x18\x02 \x01(\tR\x07subject\x12\'\n\x0fidempotency_key\x18\x03 \x01(\tR\x0eidempotencyKey\x12\x16\n\x06issuer\x18\x04 \x01(\tR\x06issuer\"\xb7\x01\n\x11GetRecordResponse\x12\x37\n\x05guard\x18\x01 \x01(\x0b\x32!.orchestrator.controller.v1.GuardR\x05guard\x12:\n\x06record\x18\x02 \x01(\x0b\x32\".orchestrator.controller.v1.RecordR\x06record\x12-\n\x12record_unavailable\x18\x03 \x01(\x08R\x11recordUnavailable\"\x89\x01\n\x14ReleaseRecordRequest\x12\x16\n\x06method\x18\x01 \x01(\tR\x06method\x12\x18\n\x07subject\x18\x02 \x01(\tR\x07subject\x12\'\n\x0fidempotency_key\x18\x03 \x01(\tR\x0eidempotencyKey\x12\x16\n\x06issuer\x18\x04 \x01(\tR\x06issuer\"3\n\x15ReleaseRecordResponse\x12\x1a\n\x08released\x18\x01 \x01(\x08R\x08released2\xad\x02\n\rRecordService\x12\x86\x01\n\tGetRecord\x12,.orchestrator.controller.v1.GetRecordRequest\x1a-.orchestrator.controller.v1.GetRecordResponse\"\x1c\xaa\xd4\x18\x18\n\x14orchestrator.operate\x10\x01\x12\x92\x01\n\rReleaseRecord\x12\x30.orchestrator.controller.v1.ReleaseRecordRequest\x1a\x31.orchestrator.controller.v1.ReleaseRecordResponse\"\x1c\xaa\xd4\x18\x18\n\x14orchestrator.operate\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,17 +41,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GUARD']._serialized_start=184
   _globals['_GUARD']._serialized_end=444
   _globals['_RECORD']._serialized_start=447
-  _globals['_RECORD']._serialized_end=903
-  _globals['_RECORD_STATE']._serialized_start=809
-  _globals['_RECORD_STATE']._serialized_end=903
-  _globals['_GETRECORDREQUEST']._serialized_start=906
-  _globals['_GETRECORDREQUEST']._serialized_end=1039
-  _globals['_GETRECORDRESPONSE']._serialized_start=1042
-  _globals['_GETRECORDRESPONSE']._serialized_end=1225
-  _globals['_RELEASERECORDREQUEST']._serialized_start=1228
-  _globals['_RELEASERECORDREQUEST']._serialized_end=1365
-  _globals['_RELEASERECORDRESPONSE']._serialized_start=1367
-  _globals['_RELEASERECORDRESPONSE']._serialized_end=1418
-  _globals['_RECORDSERVICE']._serialized_start=1421
-  _globals['_RECORDSERVICE']._serialized_end=1722
+  _globals['_RECORD']._serialized_end=948
+  _globals['_RECORD_STATE']._serialized_start=854
+  _globals['_RECORD_STATE']._serialized_end=948
+  _globals['_GETRECORDREQUEST']._serialized_start=951
+  _globals['_GETRECORDREQUEST']._serialized_end=1084
+  _globals['_GETRECORDRESPONSE']._serialized_start=1087
+  _globals['_GETRECORDRESPONSE']._serialized_end=1270
+  _globals['_RELEASERECORDREQUEST']._serialized_start=1273
+  _globals['_RELEASERECORDREQUEST']._serialized_end=1410
+  _globals['_RELEASERECORDRESPONSE']._serialized_start=1412
+  _globals['_RELEASERECORDRESPONSE']._serialized_end=1463
+  _globals['_RECORDSERVICE']._serialized_start=1466
+  _globals['_RECORDSERVICE']._serialized_end=1767
 # @@protoc_insertion_point(module_scope)

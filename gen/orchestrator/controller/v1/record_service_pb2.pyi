@@ -113,6 +113,7 @@ class Record(_message.Message):
     TIMELINE_FIELD_NUMBER: _builtins.int
     FINGERPRINT_KINDS_FIELD_NUMBER: _builtins.int
     ANSWER_BYTES_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
     state: Global___Record.State.ValueType
     """Output only. Where the record stands."""
     epoch: _builtins.int
@@ -141,6 +142,12 @@ class Record(_message.Message):
     def fingerprint_kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Output only. The kinds of fingerprint, as in `Guard`."""
 
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Output only. How long ago its last owner claimed it. Unset in `STATE_COMPLETED`, where the guard's
+        `create_time` tells the answer's age.
+        """
+
     def __init__(
         self,
         *,
@@ -153,10 +160,11 @@ class Record(_message.Message):
         timeline: _builtins.int = ...,
         fingerprint_kinds: _abc.Iterable[_builtins.int] | None = ...,
         answer_bytes: _builtins.int = ...,
+        age: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_left", b"lease_left", "ttl_left", b"ttl_left"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "lease_left", b"lease_left", "ttl_left", b"ttl_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes", b"answer_bytes", "code", b"code", "durable", b"durable", "epoch", b"epoch", "fingerprint_kinds", b"fingerprint_kinds", "lease_left", b"lease_left", "state", b"state", "timeline", b"timeline", "ttl_left", b"ttl_left"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "answer_bytes", b"answer_bytes", "code", b"code", "durable", b"durable", "epoch", b"epoch", "fingerprint_kinds", b"fingerprint_kinds", "lease_left", b"lease_left", "state", b"state", "timeline", b"timeline", "ttl_left", b"ttl_left"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
