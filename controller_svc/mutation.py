@@ -68,6 +68,7 @@ LONGEST_ATTEMPT = 60.0
 KEYLESS_LIFE = timedelta(seconds=2 * LONGEST_ATTEMPT)
 """The guard of a call without a key serves only to settle an unknown outcome."""
 WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
+STALE_SECONDS = 0.5
 RESEND_SECONDS = 5.0
 RESEND_PAUSE = 0.2
 SETTLE_SECONDS = RESEND_SECONDS + WATCHDOG_SECONDS
@@ -594,7 +595,11 @@ class Door:
         await self._carry(group, wait=True)
 
     async def _carry(self, group: list[Attempt], *, wait: bool) -> None:
-        """Reads, decides and writes; the connection lost before anything was sent is tried once more."""
+        """Reads, decides and writes.
+
+        A connection lost before anything was sent is tried once more, and for STALE_SECONDS again and again: after a
+        restart of Postgres every connection of the pool is one.
+        """
         attempts = []
         for attempt in group:
             if attempt.settled:
@@ -604,7 +609,8 @@ class Door:
             else:
                 attempt.started = True
                 attempts.append(attempt)
-        for last_try in (False, True):
+        until, tried = self._loop.time() + STALE_SECONDS, False
+        while True:
             decided: list[Decided] | None = None
             try:
                 async with self._pool(wait).connection() as connection:
@@ -616,13 +622,14 @@ class Door:
                 if decided is not None:
                     await self._mend(decided, error, wait, until=self._loop.time() + RESEND_SECONDS)
                     return
-                if last_try or not isinstance(error, psycopg.OperationalError):
+                if not isinstance(error, psycopg.OperationalError) or (tried and self._loop.time() > until):
                     for attempt in attempts:
                         self._without_outcome(attempt, refusal(error))
                     return
             else:
                 await self._settle_all(decided, outcomes, wait)
                 return
+            tried = True
             attempts = [attempt for attempt in attempts if not attempt.settled]
 
     def _pool(self, wait: bool) -> AsyncConnectionPool[Connection]:

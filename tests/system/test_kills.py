@@ -89,7 +89,7 @@ def _index(history: History, answer: Answer) -> int:
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(18, id="short"),
+        pytest.param(9, id="short"),
         pytest.param(300, id="soak", marks=[pytest.mark.soak, pytest.mark.timeout(1800)]),
     ],
 )

@@ -22,7 +22,7 @@ WRITERS = 4
 
 @pytest.mark.parametrize(
     "seconds",
-    [pytest.param(35, id="short"), pytest.param(600, id="soak", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])],
+    [pytest.param(15, id="short"), pytest.param(600, id="soak", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])],
 )
 def test_every_write_takes_effect_once_under_kills(database_url: str, tmp_path: Path, seconds: int) -> None:
     """SIGKILL, SIGSTOP and ended backends all the while; then the answers are held against the tables."""
