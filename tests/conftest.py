@@ -40,6 +40,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ("postgres_engine", "DATABASE_URL", list(POSTGRES_ENGINES)),
         ("redis_engine", "REDIS_URL", list(REDIS_ENGINES)),
     ):
+        if fixture == "redis_engine" and metafunc.definition.get_closest_marker("one_redis"):
+            continue
         if fixture in metafunc.fixturenames and in_contract and not os.environ.get(variable):
             metafunc.parametrize(fixture, engines, indirect=True, scope="session")
 

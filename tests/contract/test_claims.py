@@ -29,6 +29,7 @@ from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
 from svckit.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
 from tests.contract.test_door import Client, _client, create_request
 
+pytestmark = pytest.mark.one_redis
 NO_CALL: Any = SimpleNamespace(waiting=nullcontext)
 
 

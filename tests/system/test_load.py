@@ -31,7 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_run_measures_everything() -> None:
-    ended = run("--seconds=0.3", "--rounds=1", "--in-flight=64")
+    ended = run("--seconds=0.1", "--rounds=1", "--in-flight=64")
     assert ended.returncode == 0, ended.stderr + ended.stdout
     rows = rows_of(ended.stdout)
     expected = [("aio", call, "64") for call in tools.Aio.calls]
