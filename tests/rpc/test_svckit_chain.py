@@ -348,11 +348,11 @@ async def test_waiting_calls_leave_room_for_working_ones(stage: Stage) -> None:
 
     stage.probe.ask = poll  # type: ignore[method-assign]
     admission = stage.server.chain.admission
-    polls = [
-        asyncio.ensure_future(stage.ask(Text(value="wait"), metadata=bearer(stage.token), timeout=9)) for _ in range(3)
-    ]
-    while admission.waiting < 3:
-        await asyncio.sleep(0.01)
+    polls = []
+    for number in range(1, 4):  # one by one: three at once are more than may be in flight before they wait
+        call = stage.ask(Text(value="wait"), metadata=bearer(stage.token), timeout=30)
+        polls.append(asyncio.ensure_future(call))
+        await eventually(lambda: admission.waiting == number)  # noqa: B023 - awaited here
     assert admission.in_flight == 0
     assert (await stage.ask(Text(value="work"), metadata=bearer(stage.token), timeout=5)).value == "work"
     refusal = await stage.refusal(Text(value="wait"))
