@@ -850,6 +850,9 @@ class Door:
         if not (waits and self._idempotency.up and attempt.remaining > MARGIN):
             self._again(attempt)
             return
+        if attempt.announcement is not None:
+            attempt.announcement.cancel()
+        self._announcements.take_out(attempt)
         attempt.look_at_guard = True
         attempt.started = False
         self._slots.give_back(attempt)  # others may have its rows meanwhile; it lines up for them once more

@@ -175,7 +175,7 @@ class Signs:
                         _, key, *_ = await connection.read_response(disable_decoding=True)
                         if event := self._events.get(key):
                             event.set()
-            except (RedisError, OSError) as error:
+            except Exception as error:  # whatever it was: a reader that ended would leave all without signs
                 ERRORS.labels(cause_of(error)).inc()
             finally:
                 self._connection = None
