@@ -213,7 +213,7 @@ class Door:
         self._loop = asyncio.get_running_loop()
         self._near = Replays(near_bytes)
         self._near_answers: Groups[tuple[Attempt, Answer]] = Groups(
-            "near", self._replay_near, _not_replayed, gather=0.003
+            "near", self._replay_near, _not_replayed, gather=0.004
         )
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}

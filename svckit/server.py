@@ -290,9 +290,6 @@ def run(main: Callable[[], Coroutine[Any, Any, None]], *, processes: int = 1) ->
     if _INDEX in os.environ:
         # Nobody would stop these processes if the one that started them were killed.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    # gRPC's threads wake the event loop's, which shares its core with them: they shall not push it aside each time.
-    with contextlib.suppress(AttributeError, OSError):  # not on this system, or not allowed
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     # What was imported lives as long as the process: the garbage collector need not look at it again and again.
     gc.collect()
     gc.freeze()
