@@ -69,6 +69,7 @@ KEYLESS_LIFE = timedelta(seconds=2 * LONGEST_ATTEMPT)
 """The guard of a call without a key serves only to settle an unknown outcome."""
 WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
 STALE_SECONDS = 0.5
+"""For which a group that has sent nothing yet tries further connections of the pool."""
 RESEND_SECONDS = 5.0
 RESEND_PAUSE = 0.2
 SETTLE_SECONDS = RESEND_SECONDS + WATCHDOG_SECONDS
