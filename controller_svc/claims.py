@@ -109,8 +109,9 @@ class Claims:
                 given = await self._door.once(attempt, call, work)
             except NothingToClaimError:
                 pass
-            except Aborted:
-                if loop.time() < until:  # else the locks of others took the rest of the wait
+            except Aborted as error:
+                # The locks of others may have taken the rest of the wait. The key's owner may have taken tasks.
+                if loop.time() < until or error.reason != "RESOURCE_BUSY":
                     raise
             except asyncio.CancelledError:
                 self._give_back(attempt, command, taken)

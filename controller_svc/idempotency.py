@@ -37,7 +37,9 @@ AWAIT_MARGIN = 0.25
 """Seconds beyond its wait after which an Await counts as lost."""
 COMPLETE_SECONDS = 2.0
 RELEASE_AGAIN_SECONDS = 1.0
-"""After which a release is told once more whose part of Redis was away."""
+"""Between two tellings of a release that was not heard."""
+RELEASE_SECONDS = 32.0
+"""For which it is told again: the longest lease. Then others have the key anyway."""
 COMPLETE_GATHER = 0.02
 """Seconds a completion waits for company. Who asks meanwhile finds the guard."""
 PROBE_SECONDS = 0.5
@@ -115,6 +117,8 @@ class Idempotency:
         self._ttl_millis = int(ttl * 1000)
         self._component = Component(None if stub is None else True, "", datetime.now(UTC))
         self._pending_bytes = 0
+        self._unheard: list[_End] = []
+        self._loop = asyncio.get_running_loop()
         self._probe: asyncio.Task[None] | None = None
         self._ends: Groups[_End] = Groups(
             "complete", self._end, lambda end, error: DROPPED.inc(), max_size=256, gather=COMPLETE_GATHER, eager=False
@@ -215,8 +219,12 @@ class Idempotency:
         )
 
     def release(self, scope: bytes, nonce: bytes) -> None:
-        """Gives up a claim for which nothing was written and nothing will be."""
-        self._later(_End(pb.ReleaseItem(scope=scope, nonce=nonce)))
+        """Gives up a claim for which nothing was written and nothing will be.
+
+        Told again until it is heard: no guard tells who waits for the key that nobody works on it.
+        """
+        until = self._loop.time() + RELEASE_SECONDS
+        self._later(_End(pb.ReleaseItem(scope=scope, nonce=nonce), again_until=until))
 
     async def close(self) -> None:
         """Sends what waits, for a moment, and stops."""
@@ -235,10 +243,26 @@ class Idempotency:
     def _later(self, end: _End) -> None:
         full = len(self._ends) >= MAX_PENDING or self._pending_bytes + end.size > MAX_PENDING_BYTES
         if not self._component.up or full:
-            DROPPED.inc()
+            self._not_heard([end])
             return
         self._pending_bytes += end.size
         self._ends.put(end)
+
+    def _not_heard(self, ends: Sequence[_End]) -> None:
+        """Gives them up, but for releases whose claims may last. One of those may even be on its way still."""
+        now = self._loop.time()
+        for end in ends:
+            if end.again_until < now or len(self._unheard) >= MAX_PENDING:
+                DROPPED.inc()
+                continue
+            self._unheard.append(end)
+            if len(self._unheard) == 1:
+                self._loop.call_later(RELEASE_AGAIN_SECONDS, self._again)
+
+    def _again(self) -> None:
+        ends, self._unheard = self._unheard, []
+        for end in ends:
+            self._later(end)
 
     async def _end(self, group: list[_End]) -> None:
         assert self._stub is not None
@@ -249,25 +273,20 @@ class Idempotency:
         )
         for batch in _batches(completions):
             await self._tell(self._stub.Complete, pb.CompleteRequest, batch)
-        for end in await self._tell(self._stub.Release, pb.ReleaseRequest, releases):
-            if not end.again:  # a claim that was on its way may arrive yet
-                asyncio.get_running_loop().call_later(RELEASE_AGAIN_SECONDS, self._later, _End(end.item, again=True))
+        await self._tell(self._stub.Release, pb.ReleaseRequest, releases)
         await self._tell(self._stub.Extend, pb.ExtendRequest, extensions)
 
-    async def _tell(self, rpc: Any, request: Any, ends: Sequence[_End]) -> list[_End]:
-        """Those of the ends whose part of Redis is away; none when idempotency_svc itself is."""
+    async def _tell(self, rpc: Any, request: Any, ends: Sequence[_End]) -> None:
         if not ends:
-            return []
+            return
         try:
             response = await rpc(request(items=[end.item for end in ends]), timeout=COMPLETE_SECONDS)
         except grpc.aio.AioRpcError as error:
-            DROPPED.inc(len(ends))
+            self._not_heard(ends)
             self._failed(error)
-            return []
+            return
         pairs = zip(ends, response.outcomes, strict=True)
-        away = [end for end, outcome in pairs if outcome.result == type(outcome).RESULT_AWAY]
-        DROPPED.inc(len(away))
-        return away
+        self._not_heard([end for end, outcome in pairs if outcome.result == type(outcome).RESULT_AWAY])
 
     # -- breaker --
 
@@ -339,5 +358,5 @@ class _End:
     item: pb.CompleteItem | pb.ReleaseItem | pb.ExtendItem
     size: int = 128
     """About its bytes on the wire."""
-    again: bool = False
-    """It was told before, in vain."""
+    again_until: float = 0.0
+    """In the loop's time: until then it is told again when it was not heard."""

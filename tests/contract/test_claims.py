@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,11 +13,14 @@ from struct import unpack_from
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import psycopg
 import pytest
 import redis
 
 from controller_svc import idempotency, mutation
+from controller_svc.claims import Claims
+from controller_svc.core.tasks import ClaimTasks, TaskMutations
 from controller_svc.fingerprint import earlier_fingerprint_of
 from controller_svc.idempotency import COMPLETE_GATHER, MAX_ANSWER_BYTES, Idempotency
 from controller_svc.mutation import Door, Lifetimes
@@ -25,11 +28,19 @@ from controller_svc.store.write import write
 from deploy.local.servers import Postgres
 from idempotency_svc.cache import RedisCache
 from idempotency_svc.servicer import IdempotencyServicer
+from orchestrator.controller.v1 import task_service_pb2
+from orchestrator.controller.v1.task_service_pb2 import ClaimTasksRequest
 from orchestrator.idempotency.v1 import idempotency_service_pb2 as pb
 from svckit.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceError, Unavailable
-from tests.contract.test_door import Client, _client, create_request
+from svckit.interceptors import Admission, Call
+from svckit.options import policies
+from svckit.telemetry import new_trace
+from tests.contract.test_door import ACTOR, PRINCIPAL, Client, _client, create_request
 
 pytestmark = pytest.mark.one_redis
+CLAIM_TASKS = policies(task_service_pb2.DESCRIPTOR.services_by_name["TaskService"], 16384)[
+    "/orchestrator.controller.v1.TaskService/ClaimTasks"
+]
 NO_CALL: Any = SimpleNamespace(waiting=nullcontext)
 
 
@@ -360,28 +371,58 @@ async def test_a_record_of_an_earlier_version_is_compared_by_its_one_fingerprint
     assert await client.create("k", a=1) == first + " replayed"
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["its part of Redis", "idempotency_svc"])
 async def test_a_release_out_of_reach_is_told_again(
-    client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
+    whole: bool, client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The claim before it may have been on its way to a Redis that stood still, and have arrived since."""
     monkeypatch.setattr(idempotency, "RELEASE_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(idempotency, "PROBE_SECONDS", 0.2)
     told: list[pb.ReleaseRequest] = []
     release = stub.Release
 
     async def away_at_first(request: pb.ReleaseRequest, *, timeout: float) -> pb.ReleaseResponse:
         told.append(request)
-        if len(told) > 1:
+        if len(told) > 2:
             return await release(request, timeout=timeout)
+        if whole:
+            nothing = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing)
         return pb.ReleaseResponse(outcomes=[pb.ReleaseOutcome(result=pb.ReleaseOutcome.RESULT_AWAY)])
 
     monkeypatch.setattr(stub, "Release", away_at_first)
     item = await scope_item(client, stub, "k", a=1)
-    while len(told) < 2:
+    while told.count(told[0]) < (2 if whole else 3):
         await asyncio.sleep(0.01)
     await completed()
-    assert told[0] == told[1]
     await foreign_claim(stub, item, lease_millis=1000)
     assert stub.outcomes[-1] == "acquired"
+
+
+async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_none(client: Client, stub: Stub) -> None:
+    """Its first attempt, at another controller, may have taken some."""
+    request = ClaimTasksRequest(role="finance")
+    command = ClaimTasks(actor=ACTOR, role="finance", max_tasks=1, wait_seconds=0)
+    claims = Claims(client.database, client.door, TaskMutations())
+
+    def claim(seconds: float) -> Awaitable[bytes]:
+        call = Call(
+            policy=CLAIM_TASKS,
+            raw=request.SerializeToString(),
+            metadata=(("idempotency-key", "k"),),
+            deadline=asyncio.get_running_loop().time() + seconds,
+            trace=new_trace(),
+            principal=PRINCIPAL,
+            admission=Admission(1, 1),
+            request=request,
+        )
+        return claims.claim(command, call, lambda tasks: b"%d" % len(tasks))
+
+    assert await claim(20) == b"0"
+    await completed()
+    await foreign_claim(stub, stub.claims[-1], lease_millis=60_000)
+    with pytest.raises(Aborted, match="IDEMPOTENCY_IN_PROGRESS"):
+        await claim(0.3)
 
 
 async def test_who_has_left_does_not_count_among_those_who_wait(
