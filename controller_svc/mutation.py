@@ -213,9 +213,7 @@ class Door:
         self._on_written = on_written
         self._loop = asyncio.get_running_loop()
         self._near = Replays(near_bytes)
-        self._near_answers: Groups[tuple[Attempt, Answer]] = Groups(
-            "near", self._replay_near, _not_replayed, gather=0.004
-        )
+        self._near_answers: Groups[tuple[Attempt, Answer]] = Groups("near", self._replay_near, _not_replayed)
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}
         self._claims: Groups[Attempt] = Groups("claim", self._claim, self._not_claimed, max_size=96)

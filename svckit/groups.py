@@ -20,6 +20,9 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+EARLY_GROUPS = 10
+"""How many groups may start early between two that wait in full."""
+
 GROUP_SIZE = Histogram(
     "orchestrator_group_size",
     "Items per group, by queue.",
@@ -34,8 +37,9 @@ class Groups(Generic[T]):
     `work(group)` settles each item by itself, in the context (so, the trace) of the group's first item. What it raises
     is handed to `failed(item, error)` for every item: none can stop the queue. Nothing cancels a running group.
 
-    A lone item goes at once, unless `eager` is false: then nobody is kept by its waiting. When the last group had
-    company, the next one waits `gather` seconds for more: callers answered together come back together.
+    A lone item goes at once. When the last group had company, the next one waits for more: callers answered together
+    come back together. It waits `gather` seconds and notes how many have come; the EARLY_GROUPS after it start as soon
+    as that many wait. With `eager` false all groups wait in full: nobody is kept by it.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class Groups(Generic[T]):
         *,
         max_size: int = 64,
         lanes: int = 1,
-        gather: float = 0.002,
+        gather: float = 0.004,
         eager: bool = True,
     ) -> None:
         self._work = work
@@ -59,6 +63,8 @@ class Groups(Generic[T]):
         self._waiting: dict[T, Context] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._last_size = 1
+        self._expected = 1
+        self._early = EARLY_GROUPS
         self._launching = False
         self._formed = False
         self._launched: asyncio.Future[None] | None = None
@@ -105,13 +111,24 @@ class Groups(Generic[T]):
 
     def _schedule(self) -> None:
         """Sees to it that a group starts: in the loop's next turn (what comes in this one joins), or after `gather`."""
-        enough = 1 if self._formed or (self._eager and self._last_size == 1) else self._max_size
-        if enough == 1 or len(self._waiting) >= enough:
+        if self._formed or (self._eager and self._last_size == 1):
+            enough = 1
+        elif self._eager and self._early < EARLY_GROUPS:
+            enough = self._expected
+        else:
+            enough = self._max_size
+        if len(self._waiting) >= enough:
             if not self._launching:
                 self._launching = True
                 self._loop.call_soon(self._launch)
         elif self._timer is None:
-            self._timer = self._loop.call_later(self._gather, self._launch)
+            self._timer = self._loop.call_later(self._gather, self._waited)
+
+    def _waited(self) -> None:
+        # One wait may meet a moment in which few come; only if few come again, fewer are expected.
+        self._expected = max(min(len(self._waiting), self._max_size), self._expected * 3 // 4)
+        self._launch()
+        self._early = 0
 
     def _launch(self) -> None:
         self._launching = False
@@ -122,6 +139,7 @@ class Groups(Generic[T]):
             group = list(islice(self._waiting, self._max_size))
             contexts = [self._waiting.pop(item) for item in group]
             self._last_size = len(group)
+            self._early += 1
             self._sizes.observe(len(group))
             task = self._loop.create_task(self._run(group), context=contexts[0])
             self._running.add(task)  # the loop holds tasks weakly

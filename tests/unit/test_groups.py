@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 import pytest
 
-from svckit.groups import Groups, Slots
+from svckit.groups import EARLY_GROUPS, Groups, Slots
 
 
 class Item:
@@ -70,22 +71,51 @@ async def test_what_comes_while_a_group_runs_forms_the_next_one_up_to_its_size()
     assert recorder.groups == [[0], [1, 2, 3], [4, 5]]
 
 
-async def test_after_company_the_next_group_waits_for_as_many_or_for_the_pause() -> None:
-    recorder = Recorder()
-    groups = Groups("test", recorder.work, recorder.failed, gather=0.5)
-    first = [Item(n) for n in range(4)]
-    for item in first:
-        groups.put(item)
-    await asyncio.gather(*(item.done for item in first))
-    second = [Item(n) for n in "abcd"]
-    for item in second:
+async def put_one_by_one(groups: Groups[Item], names: Iterable[object]) -> list[Item]:
+    """One in each turn of the loop."""
+    items = [Item(name) for name in names]
+    for item in items:
         groups.put(item)
         await asyncio.sleep(0)
-    await asyncio.gather(*(item.done for item in second))
-    late = Item("late")
-    groups.put(late)
-    await late.done
-    assert recorder.groups == [[0, 1, 2, 3], ["a", "b", "c", "d"], ["late"]]
+    return items
+
+
+async def test_after_company_a_group_waits_and_those_after_it_only_for_as_many_as_came() -> None:
+    recorder = Recorder()
+    groups = Groups("test", recorder.work, recorder.failed, gather=0.1)
+    for item in (first := [Item(n) for n in range(4)]):
+        groups.put(item)
+    await asyncio.gather(*(item.done for item in first))
+    await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "abc")))
+    assert recorder.groups == [[0, 1, 2, 3], ["a", "b", "c"]]
+    groups._gather = 60
+    for _ in range(EARLY_GROUPS):
+        await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "def")))
+    assert recorder.groups[2:] == [["d", "e", "f"]] * EARLY_GROUPS
+    last = await put_one_by_one(groups, "ghi")
+    await asyncio.sleep(0.05)
+    assert not any(item.done.done() for item in last), "once in a while one waits in full: more may come by now"
+
+
+async def test_of_fewer_callers_fewer_are_expected_after_a_few_waits() -> None:
+    recorder = Recorder()
+    groups = Groups("test", recorder.work, recorder.failed, gather=0.01)
+    for size in (16, 16, *[2] * 8):
+        await asyncio.gather(*(item.done for item in await put_one_by_one(groups, range(size))))
+    groups._gather = 60
+    await asyncio.gather(*(item.done for item in await put_one_by_one(groups, range(2))))
+
+
+async def test_a_lone_item_is_kept_where_nobody_waits_for_it() -> None:
+    recorder = Recorder()
+    groups = Groups("test", recorder.work, recorder.failed, gather=0.05, eager=False)
+    await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "a")))
+    for item in (both := [Item("b")]):
+        groups.put(item)
+    await asyncio.sleep(0.01)
+    groups.put(Item("c"))
+    await both[0].done
+    assert recorder.groups == [["a"], ["b", "c"]]
 
 
 async def test_lanes_run_beside_each_other() -> None:
