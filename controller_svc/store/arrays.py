@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
+from struct import Struct, pack
 from struct import error as struct_error
-from struct import pack
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from psycopg.adapt import Dumper
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _NULL = b"\xff\xff\xff\xff"
+_int = Struct(">i").pack
+_long = Struct(">q").pack
 _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -41,26 +43,17 @@ class Array(bytes):
     @classmethod
     def of(cls, values: Sequence[Any]) -> Array:
         """The values, None for NULL, as an array. Raises ValueError or UnicodeError for what the type cannot hold."""
-        first = values[0]
+        encode, count, first = cls.encode, len(values), values[0]
+        distinct = values
+        # Most columns of a group have one value throughout: tenant, method, state, no end time.
+        if (first is None or cls.equal_is_same) and first == values[-1] and values.count(first) == count:
+            distinct = (first,)
         try:
-            # Most columns of a group have one value throughout: tenant, method, state, no end time.
-            if (first is None or cls.equal_is_same) and values.count(first) == len(values):
-                return cls(cls._head(len(values), first is None) + cls._element(first) * len(values))
-            parts = [cls._element(value) for value in values]
+            parts = [_NULL if value is None else _int(len(data := encode(value))) + data for value in distinct]
         except struct_error as error:
             raise ValueError(f"{cls.type}: {error}") from error
-        return cls(cls._head(len(parts), _NULL in parts) + b"".join(parts))
-
-    @classmethod
-    def _element(cls, value: Any) -> bytes:
-        if value is None:
-            return _NULL
-        data = cls.encode(value)
-        return pack(">i", len(data)) + data
-
-    @classmethod
-    def _head(cls, count: int, nulls: bool) -> bytes:
-        return pack(">iiIii", 1, nulls, cls.element_oid, count, 1)
+        elements = b"".join(parts) if distinct is values else parts[0] * count
+        return cls(pack(">iiIii", 1, _NULL in parts, cls.element_oid, count, 1) + elements)
 
 
 class Texts(Array):
@@ -90,7 +83,7 @@ class Times(Array):
 
     @staticmethod
     def encode(value: datetime) -> bytes:  # noqa: D102
-        return pack(">q", (value - EPOCH) // _MICROSECOND)
+        return _long((value - EPOCH) // _MICROSECOND)
 
 
 class Jsons(Array):
@@ -111,7 +104,7 @@ class Longs(Array):
 
     @staticmethod
     def encode(value: int) -> bytes:  # noqa: D102
-        return pack(">q", value)
+        return _long(value)
 
 
 class Ints(Array):
@@ -121,7 +114,7 @@ class Ints(Array):
 
     @staticmethod
     def encode(value: int) -> bytes:  # noqa: D102
-        return pack(">i", value)
+        return _int(value)
 
 
 class Blobs(Array):

@@ -192,9 +192,11 @@ _COMMAND: tuple[Column, ...] = (
     _column("answer", Blobs),
     Column("lifetime", Longs, lambda write: write.lifetime // _MICROSECOND),
     _column("not_after", Times),
-    Column("moves", Longs, lambda write: sum(1 for row in write.rows if row.version > 1)),
+    Column("moves", Longs, lambda write: len([row for row in write.rows if row.version > 1])),
     Column(
-        "parents", Longs, lambda write: sum(1 for row in write.rows if row.version == 1 and TABLES[row.table].parent)
+        "parents",
+        Longs,
+        lambda write: len([row for row in write.rows if row.version == 1 and TABLES[row.table].parent]),
     ),
     _column("method", Texts),
     _column("subject", Texts),
@@ -266,7 +268,7 @@ async def write(
 
 def _arrays(rows: Iterable[tuple[int, Any]], columns: tuple[Column, ...]) -> list[Array]:
     ords, values = zip(*rows, strict=True)
-    return [Ints.of(ords), *(column.array.of([column.value(value) for value in values]) for column in columns)]
+    return [Ints.of(ords), *[column.array.of([*map(column.value, values)]) for column in columns]]
 
 
 @cache
