@@ -109,9 +109,9 @@ class Claims:
                 given = await self._door.once(attempt, call, work)
             except NothingToClaimError:
                 pass
-            except Aborted as error:
-                # The locks of others may have taken the rest of the wait. The key's owner may have taken tasks.
-                if loop.time() < until or error.reason != "RESOURCE_BUSY":
+            except Aborted:
+                # Locks took the rest of the wait: with a key its owner's, who may have tasks by now.
+                if loop.time() < until or attempt.key_hash is not None:
                     raise
             except asyncio.CancelledError:
                 self._give_back(attempt, command, taken)

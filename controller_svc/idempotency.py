@@ -45,6 +45,8 @@ COMPLETE_GATHER = 0.02
 PROBE_SECONDS = 0.5
 PROBE_TIMEOUT = 0.25
 MAX_PENDING = 10_000
+MAX_UNHEARD = 1000
+"""Releases that may wait to be told again."""
 MAX_PENDING_BYTES = 64 << 20
 """Completions, releases and extensions that may wait. Past it they are dropped: the guard answers instead."""
 MAX_BATCH_BYTES = 256 << 10
@@ -118,10 +120,17 @@ class Idempotency:
         self._component = Component(None if stub is None else True, "", datetime.now(UTC))
         self._pending_bytes = 0
         self._unheard: list[_End] = []
+        self._retry: asyncio.TimerHandle | None = None
+        self._closed = False
         self._loop = asyncio.get_running_loop()
         self._probe: asyncio.Task[None] | None = None
         self._ends: Groups[_End] = Groups(
-            "complete", self._end, lambda end, error: DROPPED.inc(), max_size=256, gather=COMPLETE_GATHER, eager=False
+            "complete",
+            self._end,
+            lambda end, error: self._not_heard([end]),
+            max_size=256,
+            gather=COMPLETE_GATHER,
+            eager=False,
         )
 
     def component(self) -> Component:
@@ -230,6 +239,10 @@ class Idempotency:
         """Sends what waits, for a moment, and stops."""
         if self._stub is None:
             return
+        self._closed = True
+        if self._retry is not None:
+            self._retry.cancel()
+            self._again()
         try:
             async with asyncio.timeout(COMPLETE_SECONDS):
                 await self._ends.drained()
@@ -252,14 +265,15 @@ class Idempotency:
         """Gives them up, but for releases whose claims may last. One of those may even be on its way still."""
         now = self._loop.time()
         for end in ends:
-            if end.again_until < now or len(self._unheard) >= MAX_PENDING:
+            if end.again_until < now or len(self._unheard) >= MAX_UNHEARD or self._closed:
                 DROPPED.inc()
                 continue
             self._unheard.append(end)
-            if len(self._unheard) == 1:
-                self._loop.call_later(RELEASE_AGAIN_SECONDS, self._again)
+            if self._retry is None:
+                self._retry = self._loop.call_later(RELEASE_AGAIN_SECONDS, self._again)
 
     def _again(self) -> None:
+        self._retry = None
         ends, self._unheard = self._unheard, []
         for end in ends:
             self._later(end)
@@ -282,8 +296,11 @@ class Idempotency:
         try:
             response = await rpc(request(items=[end.item for end in ends]), timeout=COMPLETE_SECONDS)
         except grpc.aio.AioRpcError as error:
-            self._not_heard(ends)
             self._failed(error)
+            if error.code() in _AWAY:
+                self._not_heard(ends)
+            else:
+                DROPPED.inc(len(ends))
             return
         pairs = zip(ends, response.outcomes, strict=True)
         self._not_heard([end for end, outcome in pairs if outcome.result == type(outcome).RESULT_AWAY])

@@ -113,7 +113,7 @@ class Groups(Generic[T]):
         """Sees to it that a group starts: in the loop's next turn (what comes in this one joins), or after `gather`."""
         if self._formed or (self._eager and self._last_size == 1):
             enough = 1
-        elif self._eager and self._early < EARLY_GROUPS:
+        elif self._eager and self._expected > 1 and self._early < EARLY_GROUPS:
             enough = self._expected
         else:
             enough = self._max_size
@@ -125,6 +125,9 @@ class Groups(Generic[T]):
             self._timer = self._loop.call_later(self._gather, self._waited)
 
     def _waited(self) -> None:
+        if not self._waiting:  # all were taken out: nothing was seen
+            self._timer = None
+            return
         # One wait may meet a moment in which few come; only if few come again, fewer are expected.
         self._expected = max(min(len(self._waiting), self._max_size), self._expected * 3 // 4)
         self._launch()

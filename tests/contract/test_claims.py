@@ -24,6 +24,7 @@ from controller_svc.core.tasks import ClaimTasks, TaskMutations
 from controller_svc.fingerprint import earlier_fingerprint_of
 from controller_svc.idempotency import COMPLETE_GATHER, MAX_ANSWER_BYTES, Idempotency
 from controller_svc.mutation import Door, Lifetimes
+from controller_svc.store.claims import lock_scope
 from controller_svc.store.write import write
 from deploy.local.servers import Postgres
 from idempotency_svc.cache import RedisCache
@@ -392,14 +393,17 @@ async def test_a_release_out_of_reach_is_told_again(
 
     monkeypatch.setattr(stub, "Release", away_at_first)
     item = await scope_item(client, stub, "k", a=1)
-    while told.count(told[0]) < (2 if whole else 3):
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        while told.count(told[0]) < (2 if whole else 3):
+            await asyncio.sleep(0.01)
     await completed()
     await foreign_claim(stub, item, lease_millis=1000)
     assert stub.outcomes[-1] == "acquired"
 
 
-async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_none(client: Client, stub: Stub) -> None:
+async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_none(
+    client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its first attempt, at another controller, may have taken some."""
     request = ClaimTasksRequest(role="finance")
     command = ClaimTasks(actor=ACTOR, role="finance", max_tasks=1, wait_seconds=0)
@@ -423,6 +427,13 @@ async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_non
     await foreign_claim(stub, stub.claims[-1], lease_millis=60_000)
     with pytest.raises(Aborted, match="IDEMPOTENCY_IN_PROGRESS"):
         await claim(0.3)
+    # Held in Postgres alone, as by another controller that has not announced it.
+    monkeypatch.setattr(client.door, "_idempotency", Idempotency(None, ttl=86400))
+    async with await psycopg.AsyncConnection.connect(client.url) as owner:
+        await lock_scope(owner, stub.claims[-1].scope)
+        with pytest.raises(Aborted, match="RESOURCE_BUSY"):
+            await claim(0.6)
+    assert await claim(20) == b"0"
 
 
 async def test_who_has_left_does_not_count_among_those_who_wait(
