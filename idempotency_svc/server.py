@@ -279,8 +279,10 @@ class Server:
         """Passes no calls on until a probe, which is made now, finds it in order."""
         self._look.set()
         if cause != self.cause:
+            # One warning for one outage: its cause may change, as from a closed connection to a server that loads.
+            tell = _log.warning if self.cause in (None, _STARTING) else _log.info
             self.cause = cause
-            _log.warning("redis_away", server=str(self.address), cause=cause, detail=detail)
+            tell("redis_away", server=str(self.address), cause=cause, detail=detail)
             self._changed()
 
     def _judge(self, error: Exception) -> None:

@@ -898,6 +898,20 @@ async def test_a_killed_redis_keeps_its_records(own: RedisCache, server: Valkey)
             assert await claim(patient, scope, THIRD) == Replay(0, scope, True)
 
 
+async def test_one_outage_is_one_warning_whatever_its_cause_becomes(server: Valkey, admin: redis.asyncio.Redis) -> None:
+    async with cache_on(server.url, timeout=1) as cache:
+        with capture_logs() as logs:
+            await admin.config_set("maxmemory", 1)
+            await until(lambda: not cache.ready)
+            server.child.kill()
+            await until(lambda: len(logs) > 1)
+        assert [(line["event"], line["log_level"]) for line in logs[:2]] == [
+            ("redis_away", "warning"),
+            ("redis_away", "info"),
+        ]
+        assert logs[0]["cause"] == "oom" != logs[1]["cause"]
+
+
 async def test_redis_away_at_the_start(server: Valkey) -> None:
     server.child.kill()
     changes: list[bool] = []
