@@ -12,6 +12,7 @@ import structlog
 from psycopg_pool import PoolTimeout
 
 from controller_svc.core.tasks import ReleaseTask, TaskState
+from controller_svc.idempotency import in_progress
 from controller_svc.mutation import (
     MARGIN,
     RESEND_PAUSE,
@@ -110,7 +111,7 @@ class Claims:
             except NothingToClaimError:
                 pass
             except Aborted:
-                # Locks took the rest of the wait: with a key its owner's, who may have tasks by now.
+                # Without a key there are none in time. With one its owner, at work elsewhere, may have some by now.
                 if loop.time() < until or attempt.key_hash is not None:
                     raise
             except asyncio.CancelledError:
@@ -223,7 +224,7 @@ class Claims:
             if not self._database.ready:
                 raise unavailable()
             if attempt.remaining < MARGIN:
-                raise resource_busy()
+                raise in_progress() if attempt.key_busy else resource_busy()
             sent = False
             try:
                 async with self._database.claims.connection(attempt.remaining) as connection:
@@ -235,6 +236,8 @@ class Claims:
                         outcome = await claim_tasks(connection, claim, respond)
             except (psycopg.Error, PoolTimeout, OutcomeUnknownError) as error:
                 if is_lock_timeout(error) or is_collision(error):
+                    # Tasks that are locked are skipped: what is waited for is the key's own lock.
+                    attempt.key_busy = attempt.key_hash is not None
                     continue
                 if not sent or not isinstance(error, (psycopg.OperationalError, OutcomeUnknownError)):
                     raise refusal(error) from error

@@ -38,17 +38,17 @@ AWAIT_MARGIN = 0.25
 COMPLETE_SECONDS = 2.0
 RELEASE_AGAIN_SECONDS = 1.0
 """Between two tellings of a release that was not heard."""
-RELEASE_SECONDS = 32.0
-"""For which it is told again: the longest lease. Then others have the key anyway."""
+LONGEST_LEASE = 32.0
+"""Seconds for which a call claims its key at most, and for which its release is told again."""
 COMPLETE_GATHER = 0.02
 """Seconds a completion waits for company. Who asks meanwhile finds the guard."""
 PROBE_SECONDS = 0.5
 PROBE_TIMEOUT = 0.25
 MAX_PENDING = 10_000
-MAX_UNHEARD = 1000
-"""Releases that may wait to be told again."""
 MAX_PENDING_BYTES = 64 << 20
 """Completions, releases and extensions that may wait. Past it they are dropped: the guard answers instead."""
+MAX_UNHEARD = 1000
+"""Releases that may wait to be told again."""
 MAX_BATCH_BYTES = 256 << 10
 """Of one Complete, unless one answer is larger: idempotency_svc compresses it in 4 ms, while claims wait."""
 MAX_ANSWER_BYTES = 64 << 10
@@ -68,7 +68,7 @@ _CLAIMS = Counter("orchestrator_claims_total", "Claims, by outcome; away: idempo
 CLAIMS = {kind: _CLAIMS.labels(kind) for kind in ("acquired", "takeover", "replay", "busy", "mismatch", "away")}
 DROPPED = Counter(
     "orchestrator_completions_dropped_total",
-    "Completions, releases and extensions given up: the guard repairs them later.",
+    "Completions, releases and extensions given up: the guard, or the end of the lease, makes up for them.",
 )
 DEGRADED = Gauge(
     "orchestrator_idempotency_degraded", "1 while calls go without claims, because idempotency_svc or Redis is away."
@@ -232,7 +232,7 @@ class Idempotency:
 
         Told again until it is heard: no guard tells who waits for the key that nobody works on it.
         """
-        until = self._loop.time() + RELEASE_SECONDS
+        until = self._loop.time() + LONGEST_LEASE
         self._later(_End(pb.ReleaseItem(scope=scope, nonce=nonce), again_until=until))
 
     async def close(self) -> None:

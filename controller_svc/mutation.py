@@ -23,7 +23,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from controller_svc.fingerprint import PACKED, earlier_fingerprint_of, fingerprints_of, same_request
 from controller_svc.first_sent import FIRST_SENT_HEADER, first_sent, key_expired
-from controller_svc.idempotency import KEY_HEADER, idempotency_key, in_progress, scope_of
+from controller_svc.idempotency import KEY_HEADER, LONGEST_LEASE, idempotency_key, in_progress, scope_of
 from controller_svc.replays import Replays
 from controller_svc.store.database import (
     STATEMENT_SECONDS,
@@ -436,7 +436,7 @@ class Door:
         return await self._idempotency.claim([self._claim_item(attempt) for attempt in group])
 
     def _claim_item(self, attempt: Attempt) -> pb.ClaimItem:
-        lease = max(min(attempt.remaining, 30.0), 0.0) + 2.0
+        lease = min(max(attempt.remaining, 0.0) + 2.0, LONGEST_LEASE)
         fingerprints = attempt.fingerprints + attempt.earlier_fingerprint
         return self._idempotency.claim_item(attempt.scope, fingerprints, attempt.command_id.bytes, lease)
 

@@ -431,7 +431,7 @@ async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_non
     monkeypatch.setattr(client.door, "_idempotency", Idempotency(None, ttl=86400))
     async with await psycopg.AsyncConnection.connect(client.url) as owner:
         await lock_scope(owner, stub.claims[-1].scope)
-        with pytest.raises(Aborted, match="RESOURCE_BUSY"):
+        with pytest.raises(Aborted, match="IDEMPOTENCY_IN_PROGRESS"):
             await claim(0.6)
     assert await claim(20) == b"0"
 

@@ -92,16 +92,30 @@ async def test_after_company_a_group_waits_and_those_after_it_only_for_as_many_a
     for _ in range(EARLY_GROUPS):
         await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "def")))
     assert recorder.groups[2:] == [["d", "e", "f"]] * EARLY_GROUPS
-    last = await put_one_by_one(groups, "ghi")
-    await asyncio.sleep(0.05)
-    assert not any(item.done.done() for item in last), "once in a while one waits in full: more may come by now"
+    groups._gather = 0.1
+    await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "ghijk")))
+    assert recorder.groups[-1] == [*"ghijk"], "once in a while one waits in full: more may come by now"
+    groups._gather = 60
+    await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "lmnop")))
+    assert recorder.groups[-1] == [*"lmnop"]
 
 
 async def test_of_fewer_callers_fewer_are_expected_after_a_few_waits() -> None:
     recorder = Recorder()
     groups = Groups("test", recorder.work, recorder.failed, gather=0.01)
-    for size in (16, 16, *[2] * 8):
+
+    async def burst(size: int) -> None:
         await asyncio.gather(*(item.done for item in await put_one_by_one(groups, range(size))))
+
+    groups._last_size = 2  # as after company
+    for size in (16, 2):
+        await burst(size)
+    groups._gather = 60
+    await burst(12)
+    assert [len(group) for group in recorder.groups] == [16, 2, 12], "one quiet moment says little"
+    groups._gather = 0.01
+    for _ in range(8):
+        await burst(2)
     groups._gather = 60
     await asyncio.gather(*(item.done for item in await put_one_by_one(groups, range(2))))
 
