@@ -12,12 +12,12 @@ them. Two requests are the same when any kind is equal on both sides. A kind is 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from functools import cache
 from struct import Struct, pack, unpack
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
@@ -195,10 +195,12 @@ def _json(message: Any) -> bytes:
 
     Not its serialisation: in which order that sorts keys differs between implementations of the library.
     """
-    return _to_json(_JSON_OF[message.DESCRIPTOR.name](message)).encode()
+    return orjson.dumps(_JSON_OF[message.DESCRIPTOR.name](message), option=orjson.OPT_SORT_KEYS)
 
 
-_to_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+# What JSON cannot hold is an int, which no number of a Value is.
+_NO_KIND = 0
+_NOT_FINITE = {"nan": 1, "inf": 2, "-inf": 3}
 
 
 def _json_of_struct(struct: Any) -> dict[str, Any]:
@@ -215,14 +217,15 @@ def _json_of_value(value: Any) -> Any:
     if kind == "string_value":
         return value.string_value
     if kind == "number_value":
-        return value.number_value + 0.0  # -0.0 becomes 0.0; JSON has one NaN
+        number = value.number_value + 0.0  # -0.0 becomes 0.0
+        return number if math.isfinite(number) else _NOT_FINITE[str(number)]
     if kind == "struct_value":
         return _json_of_struct(value.struct_value)
     if kind == "list_value":
         return _json_of_list(value.list_value)
     if kind == "bool_value":
         return value.bool_value
-    return None if kind == "null_value" else 0  # without a kind: an int, which no number of a Value is
+    return None if kind == "null_value" else _NO_KIND
 
 
 _JSON_OF: dict[str, Callable[[Any], Any]] = {

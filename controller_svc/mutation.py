@@ -14,13 +14,14 @@ from collections import Counter as Counted
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import psycopg
 import structlog
 from prometheus_client import Counter
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from controller_svc.core.ids import new_command_id
 from controller_svc.fingerprint import PACKED, earlier_fingerprint_of, fingerprints_of, same_request
 from controller_svc.first_sent import FIRST_SENT_HEADER, first_sent, key_expired
 from controller_svc.idempotency import KEY_HEADER, LONGEST_LEASE, idempotency_key, in_progress, scope_of
@@ -237,7 +238,7 @@ class Door:
 
     async def apply(self, mutation: Mutation[Any], command: Any, actor: Actor) -> None:
         """Runs a command of the server's own. Raises ServiceError as `write` does."""
-        command_id = uuid4()
+        command_id = new_command_id()
         attempt = Attempt(
             method=mutation.method,
             tenant=actor.tenant,
@@ -281,7 +282,7 @@ class Door:
                 f"{method} needs metadata {KEY_HEADER}.",
                 fields=((KEY_HEADER, "required"),),
             )
-        command_id = uuid4()
+        command_id = new_command_id()
         if key is None:
             scope, fingerprints, key_hash = scope_of("keyless", command_id.hex), _NO_FINGERPRINT, None
             sent = None
@@ -572,7 +573,7 @@ class Door:
             raise unavailable()
         attempt.not_after = self._database.now() + timedelta(seconds=attempt.remaining)
         keys = attempt.mutation.reads(attempt.command, {})
-        if not self._slots.take(attempt, (attempt.scope, *keys.change), self._line_up):
+        if not self._slots.take(attempt, keys.change, self._line_up):
             attempt.overdue = self._loop.call_at(attempt.deadline - MARGIN, self._leave, attempt, resource_busy())
 
     def _leave(self, attempt: Attempt, error: ServiceError) -> None:

@@ -1,15 +1,42 @@
-"""Ids of resources: UUIDv7, whose order is the order of creation."""
+"""Ids: of resources UUIDv7, whose order is the order of creation; of commands UUIDv4."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
+from io import BytesIO
 from uuid import UUID
 
 from svckit.errors import invalid_field
 
 _CANONICAL = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}").fullmatch
+
+
+_reserve = BytesIO()
+
+
+def _random(size: int) -> bytes:
+    """Bytes of the system's generator, which is asked for many at once: each time costs a system call."""
+    global _reserve  # noqa: PLW0603
+    taken = _reserve.read(size)
+    if len(taken) < size:
+        _reserve = BytesIO(os.urandom(4096))
+        taken = _reserve.read(size)
+    return taken
+
+
+def _forget() -> None:
+    global _reserve  # noqa: PLW0603
+    _reserve = BytesIO()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def new_command_id() -> UUID:
+    """A new random UUID, which nobody can guess."""
+    return UUID(bytes=_random(16), version=4)
 
 
 def new_id(now: float | None = None) -> UUID:
@@ -20,7 +47,7 @@ def new_id(now: float | None = None) -> UUID:
     """
     nanos = time.time_ns() if now is None else round(now * 1_000_000) * 1000
     millis, rest = divmod(nanos, 1_000_000)
-    random = int.from_bytes(os.urandom(8), "big") >> 2
+    random = int.from_bytes(_random(8), "big") >> 2
     return UUID(int=(millis << 80) | (0x7 << 76) | ((rest * 4096 // 1_000_000) << 64) | (0b10 << 62) | random)
 
 

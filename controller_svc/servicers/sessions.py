@@ -30,7 +30,7 @@ class SessionServicer:
         """Open a session in a role that the caller holds."""
         command = convert.create_session(request, convert.actor_of(call.principal))
         command.actor.require(command.agent_role)
-        answer = convert.session_answer(pb.CreateSessionResponse)
+        answer = convert.session_answer(pb.CreateSessionResponse, request.metadata)
         return await self._door.write(self._mutations.create, command, call, answer)
 
     async def GetSession(self, request: pb.GetSessionRequest, call: Call) -> bytes:

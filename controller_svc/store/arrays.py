@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime, timedelta
 from struct import Struct, pack
 from struct import error as struct_error
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import orjson
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
+from psycopg.types.json import set_json_dumps, set_json_loads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,6 @@ _MICROSECOND = timedelta(microseconds=1)
 _NULL = b"\xff\xff\xff\xff"
 _int = Struct(">i").pack
 _long = Struct(">q").pack
-_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class Array(bytes):
@@ -94,7 +94,7 @@ class Jsons(Array):
 
     @staticmethod
     def encode(value: Any) -> bytes:  # noqa: D102
-        return b"\x01" + _to_json(value).encode()
+        return b"\x01" + orjson.dumps(value)
 
 
 class Longs(Array):
@@ -131,7 +131,9 @@ TYPES: tuple[type[Array], ...] = (Texts, Uuids, Times, Jsons, Longs, Ints, Blobs
 
 
 def register(context: AdaptContext) -> None:
-    """Teaches a connection to send the arrays of this module as they are."""
+    """Teaches a connection to send the arrays of this module as they are, and to read JSON as it is written here."""
+    set_json_dumps(orjson.dumps, context)
+    set_json_loads(orjson.loads, context)
     for array in TYPES:
         dumper = type(f"{array.__name__}Dumper", (_ArrayDumper,), {"oid": array.oid})
         context.adapters.register_dumper(array, dumper)

@@ -208,6 +208,20 @@ async def test_who_is_taken_out_of_line_is_not_written(client: Client, monkeypat
     assert not (await client.create("k")).endswith("replayed")
 
 
+async def test_any_json_survives_being_read_and_written_again(client: Client) -> None:
+    values: dict[str, Any] = {
+        "numbers": [1e300, -1e300, 5e-324, 0.1, 2**53 - 1, float(2**53), 1e19, -1e19, float(2**64), 123456789012.5],
+        "texts": ["é😀", '"\\\n\x01\x7f\u2028', ""],
+        "others": [None, True, False, {}, [], {"": {"é": [[]]}}],
+    }
+    session_id = UUID((await client.create(**values)).split(" ")[0])
+    for version in (2, 3):
+        await client.update(session_id, version=version)
+        found = await Sessions(client.database).get("t", session_id)
+        assert found is not None
+        assert found.metadata == {**values, "version": version}
+
+
 async def test_200_at_once_with_one_key(client: Client) -> None:
     answers = await asyncio.gather(*(client.create("k") for _ in range(200)))
     assert len(without_mark(answers)) == 1

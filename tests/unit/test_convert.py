@@ -740,6 +740,16 @@ def test_a_whole_session_becomes_a_whole_message() -> None:
         assert convert.time_of(getattr(message, name), name) == getattr(A_SESSION, name)
 
 
+@pytest.mark.parametrize("metadata", [{}, A_SESSION.metadata])
+def test_metadata_copied_from_the_request_makes_the_same_answer(metadata: dict[str, Any]) -> None:
+    session, given = replace(A_SESSION, metadata=metadata), Struct()
+    given.update(metadata)
+    filled = convert.session_answer(sessions_pb.CreateSessionResponse)(session)
+    copied = convert.session_answer(sessions_pb.CreateSessionResponse, given)(session)
+    answers = [sessions_pb.CreateSessionResponse.FromString(answer) for answer in (filled, copied)]
+    assert answers[0] == answers[1]
+
+
 def test_what_a_session_does_not_have_is_unset() -> None:
     bare = replace(A_SESSION, task_id=None, metadata={}, start_time=None, pause_time=None, end_time=None)
     message = sessions_pb.Session()

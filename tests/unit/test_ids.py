@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from uuid import RFC_4122, UUID
 
 import pytest
 
-from controller_svc.core.ids import new_id, parse_id
+from controller_svc.core.ids import new_command_id, new_id, parse_id
 from svckit.errors import InvalidArgument
 
 
@@ -29,6 +30,27 @@ def test_ids_sort_in_the_order_of_creation_even_within_a_millisecond() -> None:
 
 def test_ids_of_one_moment_differ() -> None:
     assert len({new_id(1_700_000_000.0) for _ in range(20_000)}) == 20_000
+
+
+def test_ids_of_commands_are_random_and_none_comes_twice() -> None:
+    made = [new_command_id() for _ in range(20_000)]
+    assert len(set(made)) == len(made)
+    assert {(one.version, one.variant) for one in made} == {(4, RFC_4122)}
+    bits = [sum(one.int >> bit & 1 for one in made) for bit in range(128)]
+    assert sum(1 for ones in bits if 9_000 < ones < 11_000) == 122  # all but version and variant
+
+
+def test_a_forked_process_makes_other_ids() -> None:
+    new_command_id()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, new_command_id().bytes)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 16) != new_command_id().bytes
+    os.close(reader)
+    os.close(writer)
 
 
 def test_an_id_is_read_in_either_case() -> None:
