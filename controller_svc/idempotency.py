@@ -281,6 +281,9 @@ class Idempotency:
     async def _end(self, group: list[_End]) -> None:
         assert self._stub is not None
         self._pending_bytes -= sum(end.size for end in group)
+        if not self._component.up:  # it went away while they waited: not each group shall find that out
+            self._not_heard(group)
+            return
         completions, releases, extensions = (
             [end for end in group if isinstance(end.item, kind)]
             for kind in (pb.CompleteItem, pb.ReleaseItem, pb.ExtendItem)

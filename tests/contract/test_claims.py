@@ -601,3 +601,27 @@ async def test_large_answers_are_completed_in_batches_the_service_takes(stub: St
     await idempotency.close()
     assert 128 << 10 < stub.largest < 256 << 10
     assert idempotency.component().up
+
+
+async def test_what_waits_for_a_service_that_hangs_is_given_up_with_it(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def hangs(request: object, *, timeout: float) -> None:
+        nonlocal asked
+        asked += isinstance(request, pb.CompleteRequest)
+        await asyncio.sleep(0.05)
+        nothing = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, nothing, nothing)
+
+    monkeypatch.setattr(stub, "Complete", hangs)
+    monkeypatch.setattr(stub, "Release", hangs)
+    waiting = Idempotency(stub, ttl=86400)  # type: ignore[arg-type]
+    for _ in range(2560):
+        waiting.complete(
+            os.urandom(32), os.urandom(16), fingerprints=b"f" * 33, code=0, answer=b"a", ttl=60, timeline=1
+        )
+    await waiting.close()
+    assert not waiting.component().up
+    assert 1 <= asked <= 3, "ten groups waited"
