@@ -380,6 +380,7 @@ def fill_session(message: sessions_pb.Session, session: Session, metadata: Struc
         message.task_id = str(session.task_id)
     if session.metadata and metadata is not None:
         message.metadata.CopyFrom(metadata)
+        message.metadata.DiscardUnknownFields()
     elif session.metadata:
         fill_struct(message.metadata, session.metadata)
     fill_time(message.create_time, session.create_time)

@@ -462,7 +462,10 @@ class Door:
             attempt.result.set_result(outcome)
 
     async def _announce(self, group: list[Attempt]) -> None:
-        """Claims the keys of those in the group that are still under way. Who is in line yet, may learn its answer."""
+        """Claims the keys of those in the group that are still under way. Who is in line yet, may learn its answer.
+
+        Who met its key in Postgres meanwhile learns it by a claim of its own.
+        """
         under_way = [attempt for attempt in group if not attempt.settled]
         if not under_way:
             return
@@ -475,7 +478,7 @@ class Door:
                 outcome is not None
                 and kind == "replay"
                 and self._holds(outcome.replay)
-                and not (attempt.started or attempt.settled)
+                and not (attempt.started or attempt.settled or attempt.key_busy)
             ):
                 self._groups.take_out(attempt)
                 self._alone.take_out(attempt)

@@ -17,7 +17,10 @@ _reserve = BytesIO()
 
 
 def _random(size: int) -> bytes:
-    """Bytes of the system's generator, which is asked for many at once: each time costs a system call."""
+    """Bytes of the system's generator, which is asked for many at once: each time costs a system call.
+
+    For one thread. A process that is copied whole while it runs (a snapshot of its machine) would make them twice.
+    """
     global _reserve  # noqa: PLW0603
     taken = _reserve.read(size)
     if len(taken) < size:

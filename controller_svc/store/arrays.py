@@ -87,14 +87,17 @@ class Times(Array):
 
 
 class Jsons(Array):
-    """What JSON can hold."""
+    """What JSON can hold, with integers of 64 bits. NaN and infinity would become null: they end before, in convert."""
 
     type, oid, element_oid = "jsonb[]", 3807, 3802
     equal_is_same = False  # True == 1
 
     @staticmethod
     def encode(value: Any) -> bytes:  # noqa: D102
-        return b"\x01" + orjson.dumps(value)
+        try:
+            return b"\x01" + orjson.dumps(value)
+        except orjson.JSONEncodeError as error:  # a TypeError, which is no fault of the value
+            raise ValueError(f"jsonb: {error}") from error
 
 
 class Longs(Array):

@@ -193,6 +193,24 @@ async def test_a_call_in_line_learns_its_answer_by_being_announced(
     assert await client.rows("select count(*) from sessions") == [(2,)]
 
 
+async def test_an_announcement_leaves_alone_who_claims_by_itself_now(
+    client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settled here, it would go on all the same when its own claim is lost, and take slots that nobody gives back."""
+    first = await client.create("k", a=1)
+    await completed()
+    held: list[mutation.Attempt] = []
+    monkeypatch.setattr(client.door, "_start", held.append)
+    call = asyncio.create_task(client.create("k", a=1))
+    while not held:
+        await asyncio.sleep(0)
+    for key_busy in (True, False):
+        held[0].key_busy = key_busy
+        await client.door._announce(held)
+        assert held[0].settled is not key_busy
+    assert await call == first + " replayed"
+
+
 async def test_an_announced_call_whose_caller_left_gives_its_key_back(
     client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,11 +215,20 @@ async def test_any_json_survives_being_read_and_written_again(client: Client) ->
         "others": [None, True, False, {}, [], {"": {"é": [[]]}}],
     }
     session_id = UUID((await client.create(**values)).split(" ")[0])
-    for version in (2, 3):
-        await client.update(session_id, version=version)
-        found = await Sessions(client.database).get("t", session_id)
-        assert found is not None
-        assert found.metadata == {**values, "version": version}
+    await client.update(session_id, more=1)
+    await client.move("Activate", session_id)
+    await client.update(session_id, more=2)
+    found = await Sessions(client.database).get("t", session_id)
+    assert found is not None
+    assert (found.version, found.metadata) == (4, {**values, "more": 2})
+
+
+async def test_json_that_cannot_be_written_fails_alone(client: Client) -> None:
+    """None gets past the servicer; the group would end with it."""
+    answers = await settled(*(client.create(f"k{n}", a=2**64 if n == 2 else n) for n in range(5)))
+    assert [type(answer) for answer in answers] == [str, str, InvalidArgument, str, str]
+    assert answers[2].reason == "VALUE_REFUSED"
+    assert await client.rows("select count(*) from sessions") == [(4,)]
 
 
 async def test_200_at_once_with_one_key(client: Client) -> None:

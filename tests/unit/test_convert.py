@@ -744,6 +744,7 @@ def test_a_whole_session_becomes_a_whole_message() -> None:
 def test_metadata_copied_from_the_request_makes_the_same_answer(metadata: dict[str, Any]) -> None:
     session, given = replace(A_SESSION, metadata=metadata), Struct()
     given.update(metadata)
+    given.MergeFromString(b"\xaa\x06\x01x")  # a field that nobody knows
     filled = convert.session_answer(sessions_pb.CreateSessionResponse)(session)
     copied = convert.session_answer(sessions_pb.CreateSessionResponse, given)(session)
     answers = [sessions_pb.CreateSessionResponse.FromString(answer) for answer in (filled, copied)]

@@ -45,12 +45,16 @@ def test_a_forked_process_makes_other_ids() -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, new_command_id().bytes)
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 16) != new_command_id().bytes
-    os.close(reader)
+        try:
+            os.write(writer, new_command_id().bytes)
+        finally:
+            os._exit(0)
     os.close(writer)
+    os.waitpid(child, 0)
+    made = os.read(reader, 16)
+    os.close(reader)
+    assert len(made) == 16
+    assert made != new_command_id().bytes
 
 
 def test_an_id_is_read_in_either_case() -> None:
