@@ -96,7 +96,7 @@ class Jsons(Array):
     def encode(value: Any) -> bytes:  # noqa: D102
         try:
             return b"\x01" + orjson.dumps(value)
-        except orjson.JSONEncodeError as error:  # a TypeError, which is no fault of the value
+        except orjson.JSONEncodeError as error:  # a TypeError, which nobody takes for a refused value
             raise ValueError(f"jsonb: {error}") from error
 
 
