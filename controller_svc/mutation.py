@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter as Counted
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -659,6 +658,7 @@ class Door:
         guards = await read_guards(connection, [(a.tenant, a.scope) for a in looked]) if looked else {}
 
         decided = []
+        now = self._database.now()
         for attempt in attempts:
             try:
                 guard = guards.get(attempt.scope)
@@ -667,7 +667,7 @@ class Door:
                     self.settle(attempt, self.replay(attempt, guard))
                     continue
                 attempt.unsure = attempt.unsure and attempt not in looked
-                write = self._decide_one(attempt, found)
+                write = self._decide_one(attempt, found, now)
             except Exception as error:
                 if not isinstance(error, ServiceError):
                     log.exception("mutation failed", method=attempt.method)
@@ -679,13 +679,13 @@ class Door:
                 decided.append((attempt, write))
         return decided
 
-    def _decide_one(self, attempt: Attempt, found: dict[Key | Lookup, Any]) -> Write:
+    def _decide_one(self, attempt: Attempt, found: dict[Key | Lookup, Any], now: datetime) -> Write:
         """The mutation's decision, or its refusal where that is kept as an answer. Raises any other refusal."""
         code = 0
         rows: tuple[Row, ...] = ()
         events: tuple[AuditEvent, ...] = ()
         try:
-            decision = attempt.mutation.decide(attempt.command, found, self._database.now())
+            decision = attempt.mutation.decide(attempt.command, found, now)
             rows, events = decision.rows, decision.events
             answer = attempt.respond(decision.answer)
         except ServiceError as error:
@@ -733,8 +733,9 @@ class Door:
         """
         recorded: list[Decided] = []
         under_way: list[Decided] = []
-        for outcome, count in Counted(outcomes).items():
-            OUTCOMES[outcome].inc(count)
+        for outcome, counter in OUTCOMES.items():
+            if count := outcomes.count(outcome):
+                counter.inc(count)
         for pair, outcome in zip(decided, outcomes, strict=True):
             attempt, write = pair
             if outcome is Outcome.WON:

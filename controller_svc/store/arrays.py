@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from struct import Struct, pack
+from functools import partial
+from struct import Struct
 from struct import error as struct_error
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _NULL = b"\xff\xff\xff\xff"
-_int = Struct(">i").pack
-_long = Struct(">q").pack
+_head = Struct(">iiIii").pack
+_length = Struct(">i").pack
 
 
 class Array(bytes):
@@ -36,24 +37,24 @@ class Array(bytes):
     """Whether values that are equal in Python are encoded the same."""
 
     @staticmethod
-    def encode(value: Any) -> bytes:
-        """One element's binary form."""
+    def element(value: Any) -> bytes:
+        """One value's binary form, behind its length in four bytes."""
         raise NotImplementedError
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> Array:
         """The values, None for NULL, as an array. Raises ValueError or UnicodeError for what the type cannot hold."""
-        encode, count, first = cls.encode, len(values), values[0]
-        distinct = values
-        # Most columns of a group have one value throughout: tenant, method, state, no end time.
-        if (first is None or cls.equal_is_same) and first == values[-1] and values.count(first) == count:
-            distinct = (first,)
+        element, count, first = cls.element, len(values), values[0]
         try:
-            parts = [_NULL if value is None else _int(len(data := encode(value))) + data for value in distinct]
+            # Most columns of a group have one value throughout: tenant, method, state, no end time.
+            if (first is None or cls.equal_is_same) and first == values[-1] and values.count(first) == count:
+                elements = (_NULL if first is None else element(first)) * count
+            else:
+                elements = b"".join([_NULL if value is None else element(value) for value in values])
         except struct_error as error:
             raise ValueError(f"{cls.type}: {error}") from error
-        elements = b"".join(parts) if distinct is values else parts[0] * count
-        return cls(pack(">iiIii", 1, _NULL in parts, cls.element_oid, count, 1) + elements)
+        has_null = 1  # or may have: the server looks at the lengths
+        return cls(_head(1, has_null, cls.element_oid, count, 1) + elements)
 
 
 class Texts(Array):
@@ -62,8 +63,9 @@ class Texts(Array):
     type, oid, element_oid = "text[]", 1009, 25
 
     @staticmethod
-    def encode(value: str) -> bytes:  # noqa: D102
-        return value.encode()
+    def element(value: str) -> bytes:  # noqa: D102
+        data = value.encode()
+        return _length(len(data)) + data
 
 
 class Uuids(Array):
@@ -72,8 +74,15 @@ class Uuids(Array):
     type, oid, element_oid = "uuid[]", 2951, 2950
 
     @staticmethod
-    def encode(value: UUID) -> bytes:  # noqa: D102
-        return value.bytes
+    def element(value: UUID) -> bytes:  # noqa: D102
+        return b"\0\0\0\x10" + value.bytes
+
+
+class Longs(Array):
+    """64-bit integers."""
+
+    type, oid, element_oid = "bigint[]", 1016, 20
+    element = staticmethod(partial(Struct(">iq").pack, 8))
 
 
 class Times(Array):
@@ -82,8 +91,8 @@ class Times(Array):
     type, oid, element_oid = "timestamptz[]", 1185, 1184
 
     @staticmethod
-    def encode(value: datetime) -> bytes:  # noqa: D102
-        return _long((value - EPOCH) // _MICROSECOND)
+    def element(value: datetime) -> bytes:  # noqa: D102
+        return Longs.element((value - EPOCH) // _MICROSECOND)
 
 
 class Jsons(Array):
@@ -93,31 +102,27 @@ class Jsons(Array):
     equal_is_same = False  # True == 1
 
     @staticmethod
-    def encode(value: Any) -> bytes:  # noqa: D102
+    def element(value: Any) -> bytes:  # noqa: D102
         try:
-            return b"\x01" + orjson.dumps(value)
+            data = orjson.dumps(value)
         except orjson.JSONEncodeError as error:  # a TypeError, which nobody takes for a refused value
             raise ValueError(f"jsonb: {error}") from error
+        return _length(len(data) + 1) + b"\x01" + data
 
 
-class Longs(Array):
-    """64-bit integers."""
-
-    type, oid, element_oid = "bigint[]", 1016, 20
+class Spans(Longs):
+    """Timedeltas, as their microseconds."""
 
     @staticmethod
-    def encode(value: int) -> bytes:  # noqa: D102
-        return _long(value)
+    def element(value: timedelta) -> bytes:  # noqa: D102
+        return Longs.element(value // _MICROSECOND)
 
 
 class Ints(Array):
     """32-bit integers."""
 
     type, oid, element_oid = "int[]", 1007, 23
-
-    @staticmethod
-    def encode(value: int) -> bytes:  # noqa: D102
-        return _int(value)
+    element = staticmethod(partial(Struct(">ii").pack, 4))
 
 
 class Blobs(Array):
@@ -126,11 +131,11 @@ class Blobs(Array):
     type, oid, element_oid = "bytea[]", 1001, 17
 
     @staticmethod
-    def encode(value: bytes) -> bytes:  # noqa: D102
-        return value
+    def element(value: bytes) -> bytes:  # noqa: D102
+        return _length(len(value)) + value
 
 
-TYPES: tuple[type[Array], ...] = (Texts, Uuids, Times, Jsons, Longs, Ints, Blobs)
+TYPES: tuple[type[Array], ...] = (Texts, Uuids, Times, Jsons, Longs, Spans, Ints, Blobs)
 
 
 def register(context: AdaptContext) -> None:

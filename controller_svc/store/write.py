@@ -14,7 +14,6 @@ What it relies on, in Postgres' terms (READ COMMITTED, one autocommit statement)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from enum import Enum
 from functools import cache
 from operator import attrgetter
@@ -23,18 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import AsyncRawCursor
 
-from controller_svc.store.arrays import Array, Blobs, Ints, Jsons, Longs, Texts, Times, Uuids
+from controller_svc.store.arrays import Array, Blobs, Ints, Jsons, Longs, Spans, Texts, Times, Uuids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from datetime import datetime, timedelta
     from uuid import UUID
 
     import psycopg
 
     from controller_svc.core.audit import AuditEvent
     from controller_svc.core.mutations import Row
-
-_MICROSECOND = timedelta(microseconds=1)
 
 
 @dataclass(slots=True)
@@ -107,13 +105,7 @@ def _column(name: str, array: type[Array], *, changes: bool = True) -> Column:
 
 
 def _span(name: str) -> Column:
-    span = attrgetter(name)
-
-    def microseconds(row: Any) -> int | None:
-        value = span(row)
-        return None if value is None else value // _MICROSECOND
-
-    return Column(f"{name}_us", Longs, microseconds, changes=False)
+    return Column(f"{name}_us", Spans, attrgetter(name), changes=False)
 
 
 def _error(row: Any) -> dict[str, Any] | None:
@@ -190,7 +182,7 @@ _COMMAND: tuple[Column, ...] = (
     Column("fingerprint", Blobs, attrgetter("fingerprints")),
     _column("code", Ints),
     _column("answer", Blobs),
-    Column("lifetime", Longs, lambda write: write.lifetime // _MICROSECOND),
+    _column("lifetime", Spans),
     _column("not_after", Times),
     Column("moves", Longs, lambda write: len([row for row in write.rows if row.version > 1])),
     Column(
