@@ -35,7 +35,7 @@ from controller_svc.core.tasks import (
     TaskError,
     TaskState,
 )
-from controller_svc.fingerprint import kinds_of
+from controller_svc.fingerprint import json_number, kinds_of
 from controller_svc.idempotency import idempotency_key, scope_of
 from orchestrator.controller.v1 import record_service_pb2 as records_pb
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
@@ -106,7 +106,6 @@ _MIN_SECONDS = -62135596800  # 0001-01-01T00:00:00Z
 _MAX_SECONDS = 253402300799  # 9999-12-31T23:59:59Z
 _MAX_DURATION_SECONDS = 315576000000  # the proto's own limit
 _MAX_NANOS = 999_999_999
-_SAFE_INTEGER = float(2**53)
 _ZERO = timedelta()
 _SECOND = timedelta(seconds=1)
 _HOUR = timedelta(hours=1)
@@ -171,10 +170,11 @@ def struct_to_dict(struct: Struct, field: str) -> dict[str, Any]:
 
 def _from_struct(struct: Struct, field: str, levels: int) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for key, value in struct.fields.items():
+    fields = struct.fields
+    for key in fields:
         if "\0" in key:
             raise invalid_field(field, "Must not contain NUL in a key.")
-        values[key] = _from_value(value, field, levels)
+        values[key] = _from_value(fields[key], field, levels)
     return values
 
 
@@ -189,7 +189,7 @@ def _from_value(value: Value, field: str, levels: int) -> Any:
         number = value.number_value
         if not isfinite(number):
             raise invalid_field(field, "Must not contain NaN or infinity.")
-        return int(number) if number.is_integer() and -_SAFE_INTEGER < number < _SAFE_INTEGER else number
+        return json_number(number)
     if kind == "bool_value":
         return value.bool_value
     if kind == "null_value":

@@ -15,6 +15,7 @@ import hashlib
 import math
 from functools import cache
 from struct import Struct, pack, unpack
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -26,23 +27,27 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from orchestrator.options.v1 import options_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from google.protobuf.descriptor import Descriptor
     from google.protobuf.message import Message
 
     Encode = Callable[[Any], bytes]
 
+NO_STRUCTS: Mapping[str, dict[str, Any]] = MappingProxyType({})
+
 PACKED = 33
 """Bytes of one packed fingerprint: the kind in one, the digest in 32."""
 
 
-def fingerprints_of(raw: bytes, request: Message) -> bytes:
+def fingerprints_of(raw: bytes, request: Message, structs: Mapping[str, dict[str, Any]] = NO_STRUCTS) -> bytes:
     """The packed fingerprints of a request: `raw` as received, `request` as parsed of it.
 
-    Kind 3 leaves out the fields that the proto marks `fingerprint_exclude`: a retry may change them.
+    Kind 3 leaves out the fields that the proto marks `fingerprint_exclude`: a retry may change them. `structs`: what
+    fields of type Struct hold, by name, where convert.struct_to_dict was asked before; it spares walking them again.
     """
-    return b"\2" + hashlib.sha256(raw).digest() + b"\3" + hashlib.sha256(_CONTENT.message(request)).digest()
+    content = _CONTENT.message(request, structs)
+    return b"\2" + hashlib.sha256(raw).digest() + b"\3" + hashlib.sha256(content).digest()
 
 
 def same_request(stored: bytes, mine: bytes) -> bool:
@@ -112,13 +117,14 @@ class _Content(dict[FieldDescriptor, "Encode"]):
         """`of_any` encodes what an Any packs; None takes it as plain bytes."""
         self._of_any = of_any
 
-    def message(self, message: Message) -> bytes:
+    def message(self, message: Message, structs: Mapping[str, dict[str, Any]] = NO_STRUCTS) -> bytes:
         """All its set fields. Those without presence count as set when they are not at their default."""
+        records = [self[field](structs.get(field.name, value)) for field, value in message.ListFields()]
         unknown = UnknownFieldSet(message)
         if not unknown:
-            return b"".join([self[field](value) for field, value in message.ListFields()])
-        records = [(field.number, self[field](value)) for field, value in message.ListFields()]
-        return _in_order([*records, *_unknown(unknown)])
+            return b"".join(records)
+        numbers = [field.number for field, _ in message.ListFields()]
+        return _in_order([*zip(numbers, records, strict=True), *_unknown(unknown)])
 
     def __missing__(self, field: FieldDescriptor) -> Encode:
         encode = self[field] = self._field(field)
@@ -191,16 +197,24 @@ _CONTENT = _Content(_Content(None))
 
 
 def _json(message: Any) -> bytes:
-    """A Struct, Value or ListValue: its JSON text with sorted keys.
+    """A Struct, Value or ListValue, or what a Struct holds: its JSON text with sorted keys.
 
     Not its serialisation: in which order that sorts keys differs between implementations of the library.
     """
-    return orjson.dumps(_JSON_OF[message.DESCRIPTOR.name](message), option=orjson.OPT_SORT_KEYS)
+    values = message if isinstance(message, dict) else _JSON_OF[message.DESCRIPTOR.name](message)
+    return orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
 
 
-# What JSON cannot hold is an int, which no number of a Value is.
-_NO_KIND = 0
-_NOT_FINITE = {"nan": 1, "inf": 2, "-inf": 3}
+def json_number(number: float) -> int | float:
+    """A finite number of a Value as JSON has it: a whole one below 2^53 is an int. One zero only."""
+    return int(number) if number.is_integer() and -_SAFE_INTEGER < number < _SAFE_INTEGER else number
+
+
+_SAFE_INTEGER = float(2**53)
+
+# What JSON cannot hold is an int that no number of a Value becomes.
+_NO_KIND = 2**60
+_NOT_FINITE = {"nan": 2**60 + 1, "inf": 2**60 + 2, "-inf": 2**60 + 3}
 
 
 def _json_of_struct(struct: Any) -> dict[str, Any]:
@@ -217,8 +231,8 @@ def _json_of_value(value: Any) -> Any:
     if kind == "string_value":
         return value.string_value
     if kind == "number_value":
-        number = value.number_value + 0.0  # -0.0 becomes 0.0
-        return number if math.isfinite(number) else _NOT_FINITE[str(number)]
+        number = value.number_value
+        return json_number(number) if math.isfinite(number) else _NOT_FINITE[str(number)]
     if kind == "struct_value":
         return _json_of_struct(value.struct_value)
     if kind == "list_value":

@@ -21,7 +21,7 @@ from prometheus_client import Counter
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from controller_svc.core.ids import new_command_id
-from controller_svc.fingerprint import PACKED, earlier_fingerprint_of, fingerprints_of, same_request
+from controller_svc.fingerprint import NO_STRUCTS, PACKED, earlier_fingerprint_of, fingerprints_of, same_request
 from controller_svc.first_sent import FIRST_SENT_HEADER, first_sent, key_expired
 from controller_svc.idempotency import KEY_HEADER, LONGEST_LEASE, idempotency_key, in_progress, scope_of
 from controller_svc.replays import Replays
@@ -52,7 +52,7 @@ from svckit.groups import Groups, Slots
 from svckit.statuses import STORED_CODES, code_of, status_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from controller_svc.core.audit import AuditEvent
     from controller_svc.core.mutations import Actor, Key, Lookup, Mutation, Row
@@ -225,13 +225,20 @@ class Door:
         self._groups: Groups[Attempt] = Groups("write", self._in_group, self.settle, max_size=96, lanes=lanes)
         self._alone: Groups[Attempt] = Groups("alone", self._in_turn, self.settle, max_size=1, lanes=4)
 
-    async def write(self, mutation: Mutation[Any], command: Any, call: Call, respond: Callable[[Any], bytes]) -> bytes:
+    async def write(
+        self,
+        mutation: Mutation[Any],
+        command: Any,
+        call: Call,
+        respond: Callable[[Any], bytes],
+        structs: Mapping[str, dict[str, Any]] = NO_STRUCTS,
+    ) -> bytes:
         """Runs a command for a caller; returns the response's bytes, a replay marked by trailer `idempotency-replayed`.
 
-        Raises ServiceError: the mutation's refusal, one of the key's reasons (IDEMPOTENCY_*), RESOURCE_BUSY,
-        OUTCOME_UNKNOWN or DATABASE_UNAVAILABLE.
+        `structs` is as for `fingerprints_of`. Raises ServiceError: the mutation's refusal, one of the key's reasons
+        (IDEMPOTENCY_*), RESOURCE_BUSY, OUTCOME_UNKNOWN or DATABASE_UNAVAILABLE.
         """
-        attempt = self.attempt(call)
+        attempt = self.attempt(call, structs)
         attempt.mutation, attempt.command, attempt.respond = mutation, command, respond
         return self.tell(await self.once(attempt, call, self._decide_soon), call)
 
@@ -267,7 +274,7 @@ class Door:
 
     # -- key --
 
-    def attempt(self, call: Call) -> Attempt:
+    def attempt(self, call: Call, structs: Mapping[str, dict[str, Any]] = NO_STRUCTS) -> Attempt:
         """A new attempt at a call, with its key's scope and fingerprints.
 
         Raises InvalidArgument for a bad or missing key, or a bad time of the first attempt.
@@ -287,7 +294,7 @@ class Door:
             sent = None
         else:
             scope = scope_of(principal.issuer, principal.tenant, principal.subject, method, key)
-            fingerprints, key_hash = fingerprints_of(call.raw, call.request), scope_of(key)
+            fingerprints, key_hash = fingerprints_of(call.raw, call.request, structs), scope_of(key)
             times = call.values(FIRST_SENT_HEADER)
             sent = first_sent(times, datetime.now(UTC)) if times else None
         return Attempt(

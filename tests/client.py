@@ -59,7 +59,8 @@ def full_method(method: MethodDescriptor) -> str:
     return f"/{method.containing_service.full_name}/{method.name}"
 
 
-_METHODS = {method.input_type.full_name: method for service in services() for method in service.methods}
+METHODS = {method.input_type.full_name: method for service in services() for method in service.methods}
+"""Every method, by the full name of its request."""
 
 
 def spans(seconds: float) -> Duration:
@@ -219,7 +220,7 @@ class Agent:
         """The answer to a request; its message says which method it is for."""
         if key:
             metadata = (*metadata, ("idempotency-key", key))
-        method = _METHODS[request.DESCRIPTOR.full_name]
+        method = METHODS[request.DESCRIPTOR.full_name]
         return await self.send(method, request.SerializeToString(), timeout=timeout, metadata=metadata)
 
     async def insist(self, request: Message, *, key: str, seconds: float = 60, timeout: float = 5) -> Answer:

@@ -31,7 +31,8 @@ class SessionServicer:
         command = convert.create_session(request, convert.actor_of(call.principal))
         command.actor.require(command.agent_role)
         answer = convert.session_answer(pb.CreateSessionResponse, request.metadata)
-        return await self._door.write(self._mutations.create, command, call, answer)
+        structs = {"metadata": command.metadata}
+        return await self._door.write(self._mutations.create, command, call, answer, structs)
 
     async def GetSession(self, request: pb.GetSessionRequest, call: Call) -> bytes:
         """Read one session."""
@@ -58,7 +59,8 @@ class SessionServicer:
         """Change what the mask names."""
         command = convert.update_session(request, convert.actor_of(call.principal))
         answer = convert.session_answer(pb.UpdateSessionResponse)
-        return await self._door.write(self._mutations.update, command, call, answer)
+        structs = {"metadata": command.metadata}
+        return await self._door.write(self._mutations.update, command, call, answer, structs)
 
     async def ActivateSession(self, request: pb.ActivateSessionRequest, call: Call) -> bytes:
         """Move PENDING to ACTIVE."""

@@ -32,7 +32,8 @@ class TaskServicer:
     async def RouteTask(self, request: pb.RouteTaskRequest, call: Call) -> bytes:
         """Hand a new task of a session to a role."""
         command = convert.route_task(request, convert.actor_of(call.principal), call.trace.trace_id)
-        return await self._door.write(self._mutations.route, command, call, convert.task_answer(pb.RouteTaskResponse))
+        answer, structs = convert.task_answer(pb.RouteTaskResponse), {"data": command.data, "context": command.context}
+        return await self._door.write(self._mutations.route, command, call, answer, structs)
 
     async def GetTask(self, request: pb.GetTaskRequest, call: Call) -> bytes:
         """Read one task."""
@@ -78,7 +79,8 @@ class TaskServicer:
         """End a leased task with its result."""
         command = convert.complete_task(request, convert.actor_of(call.principal))
         answer = convert.task_answer(pb.CompleteTaskResponse)
-        return await self._door.write(self._mutations.complete, command, call, answer)
+        structs = {"result": command.result}
+        return await self._door.write(self._mutations.complete, command, call, answer, structs)
 
     async def FailTask(self, request: pb.FailTaskRequest, call: Call) -> bytes:
         """End a leased attempt with an error."""

@@ -9,11 +9,14 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import field_mask_pb2
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
-from tests.client import PLANNER, Agent, Tenant, full_method
+from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
+from tests.client import METHODS, PLANNER, WORKER, Agent, Tenant, full_method
 from tests.oracle import Tables
 
 METHOD = sessions_pb.DESCRIPTOR.services_by_name["SessionService"].methods_by_name["CreateSession"]
@@ -70,6 +73,55 @@ async def test_a_key_of_ten_megabytes(agent: Agent, tenant: Tenant, tables: Tabl
         answer = await agent.ask(sessions_pb.CreateSessionRequest(agent_role=PLANNER), key="k" * (10 << 20))
         assert answer.code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE), str(answer)
     assert (await agent.ask(sessions_pb.CreateSessionRequest(agent_role=PLANNER), key="k")).ok
+
+
+async def test_each_struct_counts_by_its_content(agent: Agent, tenant: Tenant, tables: Tables) -> None:
+    """Each field of type Struct of each write: in another order it is the same request, another value makes another."""
+    session = await agent.create()
+    await agent.route(session.id, target_role=PLANNER)
+    (claimed,) = await agent.claim(PLANNER)
+    mask = field_mask_pb2.FieldMask(paths=["metadata"])
+    requests: list[tuple[Message, tuple[str, ...]]] = [
+        (sessions_pb.CreateSessionRequest(agent_role=PLANNER), ("metadata",)),
+        (sessions_pb.UpdateSessionRequest(session_id=session.id, update_mask=mask), ("metadata",)),
+        (
+            tasks_pb.RouteTaskRequest(session_id=session.id, target_role=WORKER, type="ROUTING"),
+            ("data", "context"),
+        ),
+        (tasks_pb.CompleteTaskRequest(task_id=claimed.task.id, lease_id=claimed.lease_id), ("result",)),
+    ]
+    for request, names in requests:
+        for name in names:
+            getattr(request, name).update({name: 1, "list": [True, None, 0.5], "a": {"b": "c", "d": -7}})
+        method = METHODS[request.DESCRIPTOR.full_name]
+        raw = request.SerializeToString()
+        key = [("idempotency-key", f"structs-{method.name}")]
+        first = await agent.send(method, raw, metadata=key)
+        assert first.ok and not first.replayed, f"{method.name}: {first}"
+        with tables.unchanged(tenant.name):
+            for again in (raw, in_pieces(request, names), in_pieces(request, names)):
+                answer = await agent.send(method, again, metadata=key)
+                assert answer.said == first.said and answer.replayed, f"{method.name}: {answer}"
+            for name in names:
+                for change in ({name: 2}, {"a": {"b": "c", "d": -8}}, {"": None}):
+                    other = type(request).FromString(raw)
+                    getattr(other, name).update(change)
+                    answer = await agent.send(method, other.SerializeToString(), metadata=key)
+                    assert answer.refusal == ("FAILED_PRECONDITION", "IDEMPOTENCY_KEY_REUSED"), f"{name}: {answer}"
+
+
+def in_pieces(request: Message, names: Iterable[str]) -> bytes:
+    """Another encoding of the same request: the structs' entries one by one, in any order."""
+    rest = type(request).FromString(request.SerializeToString())
+    pieces = []
+    for name in names:
+        rest.ClearField(name)
+        for key, value in getattr(request, name).fields.items():
+            piece = type(request)()
+            getattr(piece, name).fields[key].CopyFrom(value)
+            pieces.append(piece.SerializeToString())
+    random.shuffle(pieces)
+    return b"".join([*pieces, rest.SerializeToString()])
 
 
 # -- what no client of gRPC sends: frames made by hand --
