@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
+
+from controller_svc.core.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 ResourceType = Literal["session", "task"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class AuditEvent:
     """What a mutation says about one change; the writer adds who, when and by which command."""
 
@@ -29,7 +30,7 @@ class AuditEvent:
     """The agent role it was done in; empty if in none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class RecordedAuditEvent:
     """An event as it is stored."""
 

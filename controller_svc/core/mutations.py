@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
+from controller_svc.core.values import value
 from svckit.errors import PermissionDenied
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ SYSTEM = "system"
 """The subject in whose name the server acts by itself."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Actor:
     """In whose name a command runs; every row it touches is of `tenant`."""
 
@@ -112,7 +112,7 @@ class Keys(NamedTuple):
     """Read only."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Decision:
     """What is to be true afterwards."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol
 
 from controller_svc.core.audit import AuditEvent
 from controller_svc.core.mutations import Actor, Decision, Key, Keys, Lookup, Rows, Table
+from controller_svc.core.values import value
 from svckit.errors import Aborted, FailedPrecondition, NotFound
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ MOVES: Final[Mapping[Verb, Mapping[SessionState, SessionState]]] = {
 """Per verb, the state it leads to from each state that accepts it; a state that leads to itself is left unchanged."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Session:
     """One version of a session. Times are aware and in whole microseconds."""
 
@@ -75,7 +76,7 @@ class Session:
     """Set exactly in the states COMPLETED, FAILED and EXPIRED."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class CreateSession:
     """Open a session. That the actor holds `agent_role` is checked before, by the servicer."""
 
@@ -86,7 +87,7 @@ class CreateSession:
     metadata: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class UpdateSession:
     """Change what `paths` names.
 
@@ -103,7 +104,7 @@ class UpdateSession:
     task_id: UUID | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class ChangeSession:
     """Apply a verb to a session."""
 
@@ -173,7 +174,7 @@ def check_etag(etag: str, version: int) -> None:
         raise Aborted("ETAG_MISMATCH", "The resource has changed since it was read; read it again.")
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Create:
     retention: timedelta
     method: str = f"{SERVICE}/CreateSession"
@@ -213,7 +214,7 @@ class _Create:
         return Decision((session,), session, (event,))
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Update:
     retention: timedelta
     method: str = f"{SERVICE}/UpdateSession"
@@ -245,7 +246,7 @@ class _Update:
         return _changed(command.actor, session, now, self.retention, metadata=metadata, task_id=task_id)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Move:
     verb: Verb
     retention: timedelta
@@ -270,7 +271,7 @@ class _Move:
         return _changed(command.actor, session, now, self.retention, state=state)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Expire:
     retention: timedelta
     method: str = EXPIRE_METHOD
@@ -293,7 +294,7 @@ class _Expire:
         return _changed(command.actor, session, now, self.retention, state=SessionState.EXPIRED)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class SessionMutations:
     """The use cases of sessions, for one retention (how long an idle session lives)."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
@@ -17,6 +17,7 @@ from controller_svc.core.sessions import (
     session_not_found,
     task_not_found,
 )
+from controller_svc.core.values import value
 from svckit.errors import FailedPrecondition, PermissionDenied, ServiceError, invalid_field
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class TaskState(StrEnum):
 UNFINISHED: Final = frozenset({TaskState.PENDING, TaskState.BLOCKED, TaskState.RUNNING})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class TaskError:
     """Why an attempt, or the task, failed."""
 
@@ -53,7 +54,7 @@ class TaskError:
     non_retryable: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Task:
     """One version of a task. Times are aware and in whole microseconds."""
 
@@ -109,7 +110,7 @@ class Task:
     """Set exactly in the states SUCCEEDED, DEAD and CANCELLED."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class RouteTask:
     """Hand a new task of a session to a role."""
 
@@ -131,7 +132,7 @@ class RouteTask:
     attempt_timeout: timedelta | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class CancelTask:
     """End an unfinished task."""
 
@@ -142,7 +143,7 @@ class CancelTask:
     """The version it must still have; empty for any."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class ClaimTasks:
     """Lease up to `max_tasks` tasks of a role. That the actor holds it is checked before, by the servicer."""
 
@@ -153,7 +154,7 @@ class ClaimTasks:
     """How long to wait for a first task."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class CompleteTask:
     """End a leased task with its result."""
 
@@ -163,7 +164,7 @@ class CompleteTask:
     result: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class FailTask:
     """End a leased attempt with an error."""
 
@@ -173,7 +174,7 @@ class FailTask:
     error: TaskError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class ReleaseTask:
     """Give a leased task back, unattempted."""
 
@@ -182,7 +183,7 @@ class ReleaseTask:
     lease_id: UUID
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class LoseLease:
     """Take a task back whose lease has run out."""
 
@@ -190,7 +191,7 @@ class LoseLease:
     id: UUID
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class CancelOrphan:
     """End an unfinished task whose session has ended."""
 
@@ -198,7 +199,7 @@ class CancelOrphan:
     id: UUID
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class HeartbeatResult:
     """What a heartbeat answers: until when the lease is kept, or that the task was cancelled."""
 
@@ -280,7 +281,7 @@ def lease_refusal(task: Task | None, task_id: UUID, lease_id: UUID, subject: str
     return None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Route:
     method: str = f"{SERVICE}/RouteTask"
 
@@ -350,7 +351,7 @@ class _Route:
         return Decision((task,), task, (event,))
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Cancel:
     method: str = f"{SERVICE}/CancelTask"
 
@@ -371,7 +372,7 @@ class _Cancel:
         return _cancelled(command.actor, task, now, command.reason)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Complete:
     method: str = f"{SERVICE}/CompleteTask"
 
@@ -392,7 +393,7 @@ class _Complete:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Fail:
     method: str = f"{SERVICE}/FailTask"
 
@@ -409,7 +410,7 @@ class _Fail:
         return _changed(command.actor, task, now, task.target_role, error=command.error, **changes)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Release:
     method: str = f"{SERVICE}/ReleaseTask"
 
@@ -430,7 +431,7 @@ class _Release:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _LoseLease:
     method: str = LOSE_LEASE_METHOD
 
@@ -448,7 +449,7 @@ class _LoseLease:
         return _changed(command.actor, task, now, "", state=TaskState.PENDING, error=error, schedule_time=now)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _CancelOrphan:
     method: str = CANCEL_ORPHAN_METHOD
 
@@ -470,7 +471,7 @@ class _CancelOrphan:
         return _cancelled(command.actor, task, now, f"Its session is {session.state}.")
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TaskMutations:
     """The use cases of tasks."""
 
