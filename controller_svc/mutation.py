@@ -133,7 +133,8 @@ class Attempt:
     respond: Callable[[Any], bytes] = lambda answer: b""
     go: Callable[[Attempt], None] = lambda attempt: None
     """Does the work once the key is ours, or once Postgres is to decide; settles the attempt."""
-    not_after: Any = None
+    not_after: datetime | None = None
+    """By Postgres' clock, once it was decided first; the same in all statements that are sent for it."""
     timeline: int = 0
     """Of the connection on which its guard was last written or read."""
     earlier_fingerprint: bytes = b""
@@ -580,9 +581,10 @@ class Door:
         """Has the attempt take its slots, and then a place in a group."""
         if not self._database.ready:
             raise unavailable()
-        attempt.not_after = self._database.now() + timedelta(seconds=attempt.remaining)
         keys = attempt.mutation.reads(attempt.command, {})
-        if not self._slots.take(attempt, keys.change, self._line_up):
+        if not keys.change:
+            self._line_up(attempt)
+        elif not self._slots.take(attempt, keys.change, self._line_up):
             attempt.overdue = self._loop.call_at(attempt.deadline - MARGIN, self._leave, attempt, resource_busy())
 
     def _leave(self, attempt: Attempt, error: ServiceError) -> None:
@@ -688,6 +690,8 @@ class Door:
 
     def _decide_one(self, attempt: Attempt, found: dict[Key | Lookup, Any], now: datetime) -> Write:
         """The mutation's decision, or its refusal where that is kept as an answer. Raises any other refusal."""
+        if attempt.not_after is None:
+            attempt.not_after = now + timedelta(seconds=attempt.remaining)
         code = 0
         rows: tuple[Row, ...] = ()
         events: tuple[AuditEvent, ...] = ()

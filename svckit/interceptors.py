@@ -75,13 +75,14 @@ class Admission:
 class Call:
     """One call on its way. The servicer gets it beside the request.
 
-    raw: the request's bytes as received. metadata: (key, value) pairs as received. deadline: in the event loop's
-    time, infinite for a stream without one.
+    raw: the request's bytes as received. metadata: (key, value) pairs as received. named: the same by key, the last
+    value of each. deadline: in the event loop's time, infinite for a stream without one.
     """
 
     policy: Policy
     raw: bytes
     metadata: tuple[tuple[str, str | bytes], ...]
+    named: dict[str, str | bytes]
     deadline: float
     trace: telemetry.Trace
     principal: Principal
@@ -99,6 +100,8 @@ class Call:
 
     def values(self, name: str) -> list[str]:
         """All values of one metadata key (in lower case), in order."""
+        if name not in self.named:
+            return []
         return [value for key, value in self.metadata if key == name and isinstance(value, str)]
 
     def remaining(self) -> float:
@@ -256,10 +259,13 @@ class Chain(grpc.GenericRpcHandler):
         observe = telemetry.RPC_SECONDS.observe
         new_trace = telemetry.Trace
         set_trace = telemetry.current_trace.set
-        get_loop = asyncio.get_running_loop
+        loop: asyncio.AbstractEventLoop | None = None
 
         async def layer(raw: Any, context: Any) -> Any:
+            nonlocal loop
             started = perf_counter()
+            if loop is None:  # asked for once: each time costs a system call (Python 3.11)
+                loop = asyncio.get_running_loop()
             metadata = context.invocation_metadata()
             named = dict(metadata)
             authorization = named.get("authorization")
@@ -268,8 +274,8 @@ class Chain(grpc.GenericRpcHandler):
             trace = new_trace(named.get("traceparent", ""))
             set_trace(trace)
             left = context.time_remaining()
-            deadline = float("inf") if left is None else get_loop().time() + left
-            call = Call(policy, raw, metadata, deadline, trace, NOBODY, admission, authorization, context)
+            deadline = float("inf") if left is None else loop.time() + left
+            call = Call(policy, raw, metadata, named, deadline, trace, NOBODY, admission, authorization, context)
             try:
                 answer = await inner(call)
             except BaseException:
@@ -296,7 +302,7 @@ class Chain(grpc.GenericRpcHandler):
             nonlocal loop
             if admission.in_flight >= admission.max_in_flight:
                 admission.refuse("TOO_MANY_IN_FLIGHT", "too many calls are in flight here")
-            if loop is None:  # asked for once: each time costs a system call (Python 3.11)
+            if loop is None:
                 loop = asyncio.get_running_loop()
             latest = loop.time() + MAX_SECONDS
             # A deadline within the limit needs no timer: gRPC itself cancels the call when it passes.

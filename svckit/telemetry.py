@@ -66,7 +66,7 @@ class Trace:
     def _make(self) -> tuple[str, str, str, str]:
         span_id = f"{getrandbits(64) | 1:016x}"
         self._ids = (f"{getrandbits(128) | 1:032x}", span_id, "", "01")
-        match = _TRACEPARENT.fullmatch(self._traceparent)
+        match = self._traceparent and _TRACEPARENT.fullmatch(self._traceparent)
         if match:
             version, trace_id, parent_id, flags, rest = match.groups()
             # Version ff is forbidden, and only later versions may carry more than four fields.

@@ -111,10 +111,12 @@ class Client:
         principal: Principal = PRINCIPAL,
         more: tuple[tuple[str, str], ...] = (),
     ) -> str:
+        metadata = more if key is None else (("idempotency-key", key), *more)
         call = Call(
             policy=POLICIES[SERVICE + method],
             raw=request.SerializeToString(),
-            metadata=more if key is None else (("idempotency-key", key), *more),
+            metadata=metadata,
+            named=dict(metadata),
             deadline=asyncio.get_running_loop().time() + seconds,
             trace=new_trace(),
             principal=principal,
