@@ -1,7 +1,8 @@
 """Fingerprints: what tells whether two calls with one idempotency key are the same request.
 
 A fingerprint is a kind and a SHA-256; they travel packed, one behind the other, as the records of idempotency_svc hold
-them. Two requests are the same when any kind is equal on both sides. A kind is never changed, only followed by another.
+them. Two requests are the same when any kind is equal on both sides. From the first release on a kind is never changed,
+only followed by another.
 
 - Kind 1: the deterministic re-serialisation. A field that only one side knows moves its bytes, so a deployment that
   adds one makes it differ. No longer sent; guards that hold nothing else are still compared.
@@ -43,8 +44,8 @@ PACKED = 33
 def fingerprints_of(raw: bytes, request: Message, structs: Mapping[str, dict[str, Any]] = NO_STRUCTS) -> bytes:
     """The packed fingerprints of a request: `raw` as received, `request` as parsed of it.
 
-    Kind 3 leaves out the fields that the proto marks `fingerprint_exclude`: a retry may change them. `structs`: what
-    fields of type Struct hold, by name, where convert.struct_to_dict was asked before; it spares walking them again.
+    Kind 3 leaves out the fields that the proto marks `fingerprint_exclude`: a retry may change them. `structs`: all
+    that fields of type Struct hold, by name, where convert.struct_to_dict was asked before; it spares another walk.
     """
     content = _CONTENT.message(request, structs)
     return b"\2" + hashlib.sha256(raw).digest() + b"\3" + hashlib.sha256(content).digest()

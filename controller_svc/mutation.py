@@ -134,7 +134,7 @@ class Attempt:
     go: Callable[[Attempt], None] = lambda attempt: None
     """Does the work once the key is ours, or once Postgres is to decide; settles the attempt."""
     not_after: datetime | None = None
-    """By Postgres' clock, once it was decided first; the same in all statements that are sent for it."""
+    """By Postgres' clock. Set when it is first decided, and kept: nothing sent before may last longer."""
     timeline: int = 0
     """Of the connection on which its guard was last written or read."""
     earlier_fingerprint: bytes = b""
@@ -582,9 +582,7 @@ class Door:
         if not self._database.ready:
             raise unavailable()
         keys = attempt.mutation.reads(attempt.command, {})
-        if not keys.change:
-            self._line_up(attempt)
-        elif not self._slots.take(attempt, keys.change, self._line_up):
+        if not self._slots.take(attempt, keys.change, self._line_up):
             attempt.overdue = self._loop.call_at(attempt.deadline - MARGIN, self._leave, attempt, resource_busy())
 
     def _leave(self, attempt: Attempt, error: ServiceError) -> None:
@@ -667,7 +665,7 @@ class Door:
         guards = await read_guards(connection, [(a.tenant, a.scope) for a in looked]) if looked else {}
 
         decided = []
-        now = self._database.now()
+        now = self._database.now()  # after the reads, so never before what they saw
         for attempt in attempts:
             try:
                 guard = guards.get(attempt.scope)

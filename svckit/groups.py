@@ -14,7 +14,7 @@ from prometheus_client import Histogram
 from svckit.errors import ServiceError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Hashable, Iterable
+    from collections.abc import Awaitable, Callable, Collection, Hashable
 
 log = structlog.get_logger(__name__)
 
@@ -185,11 +185,14 @@ class Slots(Generic[T]):
         self._held: dict[T, tuple[tuple[Hashable, ...], Callable[[T], None]]] = {}
         self._missing: dict[T, int] = {}
 
-    def take(self, item: T, keys: Iterable[Hashable], ready: Callable[[T], None]) -> bool:
+    def take(self, item: T, keys: Collection[Hashable], ready: Callable[[T], None]) -> bool:
         """Queues the item at all its keys; `ready(item)` is called once it is first at each of them.
 
         True if that was at once.
         """
+        if not keys:
+            ready(item)
+            return True
         distinct = tuple(dict.fromkeys(keys))
         missing = 0
         for key in distinct:

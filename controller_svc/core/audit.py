@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from controller_svc.core.values import value
+from controller_svc.core.values import value_class
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ResourceType = Literal["session", "task"]
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class AuditEvent:
     """What a mutation says about one change; the writer adds who, when and by which command."""
 
@@ -30,7 +30,7 @@ class AuditEvent:
     """The agent role it was done in; empty if in none."""
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class RecordedAuditEvent:
     """An event as it is stored."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
-from controller_svc.core.values import value
+from controller_svc.core.values import value_class
 from svckit.errors import PermissionDenied
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ SYSTEM = "system"
 """The subject in whose name the server acts by itself."""
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class Actor:
     """In whose name a command runs; every row it touches is of `tenant`."""
 
@@ -112,7 +112,7 @@ class Keys(NamedTuple):
     """Read only."""
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class Decision:
     """What is to be true afterwards."""
 

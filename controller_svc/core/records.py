@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
+
+from controller_svc.core.values import value_class
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
@@ -21,7 +22,7 @@ class RecordState(StrEnum):
     """That of a newer idempotency_svc."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class GuardFacts:
     """A guard without its answer."""
 
@@ -35,7 +36,7 @@ class GuardFacts:
     expire_time: datetime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class RecordFacts:
     """A record without its answer and without its owner's nonce."""
 

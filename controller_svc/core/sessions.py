@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol
 
 from controller_svc.core.audit import AuditEvent
 from controller_svc.core.mutations import Actor, Decision, Key, Keys, Lookup, Rows, Table
-from controller_svc.core.values import value
+from controller_svc.core.values import value_class
 from svckit.errors import Aborted, FailedPrecondition, NotFound
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ MOVES: Final[Mapping[Verb, Mapping[SessionState, SessionState]]] = {
 """Per verb, the state it leads to from each state that accepts it; a state that leads to itself is left unchanged."""
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class Session:
     """One version of a session. Times are aware and in whole microseconds."""
 
@@ -76,7 +76,7 @@ class Session:
     """Set exactly in the states COMPLETED, FAILED and EXPIRED."""
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class CreateSession:
     """Open a session. That the actor holds `agent_role` is checked before, by the servicer."""
 
@@ -87,7 +87,7 @@ class CreateSession:
     metadata: dict[str, Any]
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class UpdateSession:
     """Change what `paths` names.
 
@@ -104,7 +104,7 @@ class UpdateSession:
     task_id: UUID | None
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class ChangeSession:
     """Apply a verb to a session."""
 
@@ -174,7 +174,7 @@ def check_etag(etag: str, version: int) -> None:
         raise Aborted("ETAG_MISMATCH", "The resource has changed since it was read; read it again.")
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _Create:
     retention: timedelta
     method: str = f"{SERVICE}/CreateSession"
@@ -214,7 +214,7 @@ class _Create:
         return Decision((session,), session, (event,))
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _Update:
     retention: timedelta
     method: str = f"{SERVICE}/UpdateSession"
@@ -246,7 +246,7 @@ class _Update:
         return _changed(command.actor, session, now, self.retention, metadata=metadata, task_id=task_id)
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _Move:
     verb: Verb
     retention: timedelta
@@ -271,7 +271,7 @@ class _Move:
         return _changed(command.actor, session, now, self.retention, state=state)
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _Expire:
     retention: timedelta
     method: str = EXPIRE_METHOD
@@ -294,7 +294,7 @@ class _Expire:
         return _changed(command.actor, session, now, self.retention, state=SessionState.EXPIRED)
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class SessionMutations:
     """The use cases of sessions, for one retention (how long an idle session lives)."""
 

@@ -17,7 +17,7 @@ from controller_svc.core.sessions import (
     session_not_found,
     task_not_found,
 )
-from controller_svc.core.values import value
+from controller_svc.core.values import value_class
 from svckit.errors import FailedPrecondition, PermissionDenied, ServiceError, invalid_field
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TaskState(StrEnum):
 UNFINISHED: Final = frozenset({TaskState.PENDING, TaskState.BLOCKED, TaskState.RUNNING})
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class TaskError:
     """Why an attempt, or the task, failed."""
 
@@ -54,7 +54,7 @@ class TaskError:
     non_retryable: bool = False
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class Task:
     """One version of a task. Times are aware and in whole microseconds."""
 
@@ -110,7 +110,7 @@ class Task:
     """Set exactly in the states SUCCEEDED, DEAD and CANCELLED."""
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class RouteTask:
     """Hand a new task of a session to a role."""
 
@@ -132,7 +132,7 @@ class RouteTask:
     attempt_timeout: timedelta | None
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class CancelTask:
     """End an unfinished task."""
 
@@ -143,7 +143,7 @@ class CancelTask:
     """The version it must still have; empty for any."""
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class ClaimTasks:
     """Lease up to `max_tasks` tasks of a role. That the actor holds it is checked before, by the servicer."""
 
@@ -154,7 +154,7 @@ class ClaimTasks:
     """How long to wait for a first task."""
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class CompleteTask:
     """End a leased task with its result."""
 
@@ -164,7 +164,7 @@ class CompleteTask:
     result: dict[str, Any]
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class FailTask:
     """End a leased attempt with an error."""
 
@@ -174,7 +174,7 @@ class FailTask:
     error: TaskError
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class ReleaseTask:
     """Give a leased task back, unattempted."""
 
@@ -183,7 +183,7 @@ class ReleaseTask:
     lease_id: UUID
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class LoseLease:
     """Take a task back whose lease has run out."""
 
@@ -191,7 +191,7 @@ class LoseLease:
     id: UUID
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class CancelOrphan:
     """End an unfinished task whose session has ended."""
 
@@ -199,7 +199,7 @@ class CancelOrphan:
     id: UUID
 
 
-@value(frozen=True, slots=True, kw_only=True)
+@value_class(frozen=True, slots=True, kw_only=True)
 class HeartbeatResult:
     """What a heartbeat answers: until when the lease is kept, or that the task was cancelled."""
 
@@ -281,7 +281,7 @@ def lease_refusal(task: Task | None, task_id: UUID, lease_id: UUID, subject: str
     return None
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _Route:
     method: str = f"{SERVICE}/RouteTask"
 
@@ -351,7 +351,7 @@ class _Route:
         return Decision((task,), task, (event,))
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _Cancel:
     method: str = f"{SERVICE}/CancelTask"
 
@@ -372,7 +372,7 @@ class _Cancel:
         return _cancelled(command.actor, task, now, command.reason)
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _Complete:
     method: str = f"{SERVICE}/CompleteTask"
 
@@ -393,7 +393,7 @@ class _Complete:
         )
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _Fail:
     method: str = f"{SERVICE}/FailTask"
 
@@ -410,7 +410,7 @@ class _Fail:
         return _changed(command.actor, task, now, task.target_role, error=command.error, **changes)
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _Release:
     method: str = f"{SERVICE}/ReleaseTask"
 
@@ -431,7 +431,7 @@ class _Release:
         )
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _LoseLease:
     method: str = LOSE_LEASE_METHOD
 
@@ -449,7 +449,7 @@ class _LoseLease:
         return _changed(command.actor, task, now, "", state=TaskState.PENDING, error=error, schedule_time=now)
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class _CancelOrphan:
     method: str = CANCEL_ORPHAN_METHOD
 
@@ -471,7 +471,7 @@ class _CancelOrphan:
         return _cancelled(command.actor, task, now, f"Its session is {session.state}.")
 
 
-@value(frozen=True, slots=True)
+@value_class(frozen=True, slots=True)
 class TaskMutations:
     """The use cases of tasks."""
 

@@ -32,7 +32,8 @@ class TaskServicer:
     async def RouteTask(self, request: pb.RouteTaskRequest, call: Call) -> bytes:
         """Hand a new task of a session to a role."""
         command = convert.route_task(request, convert.actor_of(call.principal), call.trace.trace_id)
-        answer, structs = convert.task_answer(pb.RouteTaskResponse), {"data": command.data, "context": command.context}
+        answer = convert.task_answer(pb.RouteTaskResponse)
+        structs = {"data": command.data, "context": command.context}
         return await self._door.write(self._mutations.route, command, call, answer, structs)
 
     async def GetTask(self, request: pb.GetTaskRequest, call: Call) -> bytes:

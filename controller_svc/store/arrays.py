@@ -53,8 +53,8 @@ class Array(bytes):
                 elements = b"".join([_NULL if value is None else element(value) for value in values])
         except struct_error as error:
             raise ValueError(f"{cls.type}: {error}") from error
-        has_null = 1  # or may have: the server looks at the lengths
-        return cls(_head(1, has_null, cls.element_oid, count, 1) + elements)
+        # One dimension; NULLs may be among them, which the server sees by itself; the type; how many; from index 1.
+        return cls(_head(1, 1, cls.element_oid, count, 1) + elements)
 
 
 class Texts(Array):

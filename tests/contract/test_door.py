@@ -10,7 +10,7 @@ import itertools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -25,10 +25,10 @@ from controller_svc.core.tasks import TaskMutations
 from controller_svc.idempotency import Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store.database import Database, resource_busy
-from controller_svc.store.read import read_guards
+from controller_svc.store.read import read_guards, read_rows
 from controller_svc.store.sessions import Sessions
 from controller_svc.store.tasks import Tasks
-from controller_svc.store.write import write
+from controller_svc.store.write import Outcome, write
 from controller_svc.sweepers import Sweepers
 from deploy.local.servers import Postgres
 from orchestrator.controller.v1 import session_service_pb2 as pb
@@ -489,6 +489,45 @@ async def test_a_written_command_whose_guard_cannot_be_read_is_not_told_that_not
     looks = iter([])
     assert await client.rows("select count(*) from sessions") == [(2,)]
     assert (await client.create("k")).endswith("replayed")
+
+
+async def test_decided_again_a_write_may_happen_no_longer_than_before(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has become of the clock: what was sent first may be under way still when the second is told too late."""
+    sent: list[datetime] = []
+
+    async def stale_at_first(connection: Any, writes: Any, *, wait: bool) -> Any:
+        sent.extend(one.not_after for one in writes)
+        if len(sent) == 1:
+            return [Outcome.STALE], datetime.now(UTC) - timedelta(seconds=3)
+        return await write(connection, writes, wait=wait)
+
+    monkeypatch.setattr(mutation, "write", stale_at_first)
+    await client.create("k")
+    assert len(sent) == 2 and sent[0] == sent[1]
+
+
+async def test_a_change_is_made_at_a_time_after_what_it_read(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = await client.session()
+    late = datetime.now(UTC) + timedelta(seconds=30)
+
+    async def slow(connection: Any, keys: Any) -> Any:
+        found = await read_rows(connection, keys)
+        client.database.learn(late)
+        return found
+
+    monkeypatch.setattr(mutation, "read_rows", slow)
+    await client.update(session, "k", a=1)
+    ((updated,),) = await client.rows("select update_time from sessions")
+    assert updated >= late
+
+
+async def test_each_command_of_a_group_is_counted(client: Client) -> None:
+    won = mutation.OUTCOMES[Outcome.WON]
+    before = won._value.get()
+    await asyncio.gather(*(client.create(f"k{n}") for n in range(30)))
+    assert won._value.get() == before + 30
 
 
 async def test_an_attempt_whose_caller_left_is_settled_when_its_group_is_tried_again(client: Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -80,10 +81,14 @@ async def test_each_struct_counts_by_its_content(agent: Agent, tenant: Tenant, t
     session = await agent.create()
     await agent.route(session.id, target_role=PLANNER)
     (claimed,) = await agent.claim(PLANNER)
-    mask = field_mask_pb2.FieldMask(paths=["metadata"])
+    metadata, task_id = (field_mask_pb2.FieldMask(paths=[path]) for path in ("metadata", "task_id"))
     requests: list[tuple[Message, tuple[str, ...]]] = [
         (sessions_pb.CreateSessionRequest(agent_role=PLANNER), ("metadata",)),
-        (sessions_pb.UpdateSessionRequest(session_id=session.id, update_mask=mask), ("metadata",)),
+        (sessions_pb.UpdateSessionRequest(session_id=session.id, update_mask=metadata), ("metadata",)),
+        (
+            sessions_pb.UpdateSessionRequest(session_id=session.id, update_mask=task_id, task_id=claimed.task.id),
+            ("metadata",),  # which counts, though the mask says to leave it
+        ),
         (
             tasks_pb.RouteTaskRequest(session_id=session.id, target_role=WORKER, type="ROUTING"),
             ("data", "context"),
@@ -95,7 +100,7 @@ async def test_each_struct_counts_by_its_content(agent: Agent, tenant: Tenant, t
             getattr(request, name).update({name: 1, "list": [True, None, 0.5], "a": {"b": "c", "d": -7}})
         method = METHODS[request.DESCRIPTOR.full_name]
         raw = request.SerializeToString()
-        key = [("idempotency-key", f"structs-{method.name}")]
+        key = [("idempotency-key", secrets.token_hex(8))]
         first = await agent.send(method, raw, metadata=key)
         assert first.ok and not first.replayed, f"{method.name}: {first}"
         with tables.unchanged(tenant.name):

@@ -644,7 +644,7 @@ def example() -> sessions_pb.CreateSessionRequest:
 
 
 def test_no_kind_ever_changes() -> None:
-    """Stored digests outlive a deployment. Whoever must change this list needs a new kind instead."""
+    """Stored digests outlive a deployment. From the first release on, who must change this needs a new kind instead."""
     two, three = digests(example(), b"these very bytes")
     assert two.hex() == "7e900799b42a3bf1fc9705d1134ca1595fa436e96bd58a512d127114129f7c1b"
     assert three.hex() == "05afd8c42f41150706523cd0b3210db1e089978161829bb927a835f1763b3d82"
