@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Encode = Callable[[Any], bytes]
 
 NO_STRUCTS: Mapping[str, dict[str, Any]] = MappingProxyType({})
+"""Of a request whose Structs, if it has any, were not converted yet: they are walked here."""
 
 PACKED = 33
 """Bytes of one packed fingerprint: the kind in one, the digest in 32."""
@@ -120,11 +121,12 @@ class _Content(dict[FieldDescriptor, "Encode"]):
 
     def message(self, message: Message, structs: Mapping[str, dict[str, Any]] = NO_STRUCTS) -> bytes:
         """All its set fields. Those without presence count as set when they are not at their default."""
-        records = [self[field](structs.get(field.name, value)) for field, value in message.ListFields()]
+        fields = message.ListFields()
+        records = [self[field](structs.get(field.name, value)) for field, value in fields]
         unknown = UnknownFieldSet(message)
         if not unknown:
             return b"".join(records)
-        numbers = [field.number for field, _ in message.ListFields()]
+        numbers = [field.number for field, _ in fields]
         return _in_order([*zip(numbers, records, strict=True), *_unknown(unknown)])
 
     def __missing__(self, field: FieldDescriptor) -> Encode:

@@ -75,14 +75,13 @@ class Admission:
 class Call:
     """One call on its way. The servicer gets it beside the request.
 
-    raw: the request's bytes as received. metadata: (key, value) pairs as received. named: the same by key, the last
-    value of each. deadline: in the event loop's time, infinite for a stream without one.
+    raw: the request's bytes as received. metadata: (key, value) pairs as received. deadline: in the event loop's
+    time, infinite for a stream without one.
     """
 
     policy: Policy
     raw: bytes
     metadata: tuple[tuple[str, str | bytes], ...]
-    named: dict[str, str | bytes]
     deadline: float
     trace: telemetry.Trace
     principal: Principal
@@ -100,8 +99,6 @@ class Call:
 
     def values(self, name: str) -> list[str]:
         """All values of one metadata key (in lower case), in order."""
-        if name not in self.named:
-            return []
         return [value for key, value in self.metadata if key == name and isinstance(value, str)]
 
     def remaining(self) -> float:
@@ -275,7 +272,7 @@ class Chain(grpc.GenericRpcHandler):
             set_trace(trace)
             left = context.time_remaining()
             deadline = float("inf") if left is None else loop.time() + left
-            call = Call(policy, raw, metadata, named, deadline, trace, NOBODY, admission, authorization, context)
+            call = Call(policy, raw, metadata, deadline, trace, NOBODY, admission, authorization, context)
             try:
                 answer = await inner(call)
             except BaseException:

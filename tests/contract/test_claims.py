@@ -432,7 +432,6 @@ async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_non
             policy=CLAIM_TASKS,
             raw=request.SerializeToString(),
             metadata=(("idempotency-key", "k"),),
-            named={"idempotency-key": "k"},
             deadline=asyncio.get_running_loop().time() + seconds,
             trace=new_trace(),
             principal=PRINCIPAL,

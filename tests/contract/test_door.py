@@ -111,12 +111,10 @@ class Client:
         principal: Principal = PRINCIPAL,
         more: tuple[tuple[str, str], ...] = (),
     ) -> str:
-        metadata = more if key is None else (("idempotency-key", key), *more)
         call = Call(
             policy=POLICIES[SERVICE + method],
             raw=request.SerializeToString(),
-            metadata=metadata,
-            named=dict(metadata),
+            metadata=more if key is None else (("idempotency-key", key), *more),
             deadline=asyncio.get_running_loop().time() + seconds,
             trace=new_trace(),
             principal=principal,

@@ -94,7 +94,6 @@ def call_of(policy: Policy, request: Any, key: int, seconds: float) -> Call:
         policy=policy,
         raw=request.SerializeToString(),
         metadata=(("idempotency-key", f"key-{key}"),),
-        named={"idempotency-key": f"key-{key}"},
         deadline=asyncio.get_running_loop().time() + seconds,
         trace=new_trace(),
         principal=PRINCIPAL,

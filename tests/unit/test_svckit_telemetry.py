@@ -87,9 +87,9 @@ try:
     raise RuntimeError("inner")
 except RuntimeError:
     log.exception("failed")
-logging.getLogger("some.library").warning("library %s", "says")
-logging.getLogger("some.library").info("library info")
-logging.getLogger("some.library").debug("hidden")
+logging.getLogger("library").warning("library %s", "says")
+logging.getLogger("library").info("library info")
+logging.getLogger("library").debug("hidden")
 warnings.warn("careful")
 """
 
@@ -119,7 +119,7 @@ def test_log_lines_are_json_one_per_line() -> None:
     assert lines[0]["text"] == "line\nfeed \x1b[31m \u2028"
     assert len(lines[0]["long"]) < 3000
     assert "RuntimeError: inner" in lines[1]["exception"]
-    assert (lines[2]["level"], lines[2]["logger"]) == ("warning", "some.library")
+    assert (lines[2]["level"], lines[2]["logger"]) == ("warning", "library")
 
 
 def test_importing_changes_no_logging() -> None:
