@@ -21,7 +21,7 @@ token: $(VENV) ## Print a token for the pair of `make up`: ROLE=planner,reviewer
 	@python -m deploy.local.tokens
 
 test: $(VENV) ## Run all tests: TESTS=path or ARGS="-k name" for some of them
-	@pytest $(ARGS) $(TESTS)
+	@pytest $(if $(TESTS),,-n 2 --dist loadfile) $(ARGS) $(TESTS)
 
 soak: $(VENV) ## Run the tests that take many minutes
 	@pytest -v -s -m soak $(ARGS) $(TESTS)

@@ -163,7 +163,7 @@ class Agent:
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_retries", 0),
             ("grpc.initial_reconnect_backoff_ms", 50),
-            ("grpc.min_reconnect_backoff_ms", 50),
+            ("grpc.min_reconnect_backoff_ms", 2000),  # how long an attempt to connect may take
             ("grpc.max_reconnect_backoff_ms", 200),
         ]
         self.target = target

@@ -2,7 +2,8 @@
 
 Servers start when a test first asks for one. Tests in tests/contract run once per engine (Postgres 18 and 15, Valkey 9
 and Redis 7), all others on the embedded ones. With DATABASE_URL or REDIS_URL set, everything runs on the server named
-there, in databases of the tests' own. With CI=true a skipped test is a failure.
+there, in databases of the tests' own. Workers of pytest-xdist share nothing: each has its own servers and ports. With
+CI=true a skipped test is a failure.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 import redis
 from psycopg import sql
 
+from deploy.local import processes
 from deploy.local.issuer import Issuer, private_key, public_key_file
 from deploy.local.processes import ROOT, free_port
 from deploy.local.servers import Postgres, Valkey, embedded_valkey
@@ -28,6 +30,14 @@ from tests.system.pair import Pair
 
 DEBIAN = ROOT / ".local" / "debian" / "bin"
 """Where `make tools` unpacks Debian 12's Postgres 15 and Redis 7."""
+
+WORKER, WORKERS = (
+    int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]),
+    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
+)
+"""Which worker of pytest-xdist this is, of how many."""
+
+processes.FREE_PORTS = processes.FREE_PORTS[WORKER::WORKERS]
 
 POSTGRES_ENGINES = {"postgres-18": None, "postgres-15": DEBIAN}
 REDIS_ENGINES = {"valkey-9": None, "redis-7": DEBIAN / "redis-server"}
@@ -251,7 +261,7 @@ def _flush(url: str) -> None:
 def _empty_database_of(url: str) -> str:
     """The URL of the last empty database of this server: nothing that is there already is touched."""
     parts = urlsplit(url)
-    for number in range(15, -1, -1):
+    for number in range(15 - WORKER, -1, -WORKERS):
         candidate = urlunsplit(parts._replace(path=f"/{number}"))
         with redis.Redis.from_url(candidate) as connection:
             try:

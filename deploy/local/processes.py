@@ -166,16 +166,17 @@ def port_is_free(port: int) -> bool:
     return True
 
 
+FREE_PORTS = range(20_000, 32_000)
+"""Where free_port looks: below the range from which the kernel takes ports for outgoing connections, so that none of
+these takes one. Processes that run beside each other can be given parts of it."""
+
 _given: set[int] = set()
 
 
 def free_port() -> int:
-    """A loopback port that is free, and that this process has not been given before.
-
-    It lies below the range from which the kernel takes ports for outgoing connections, so that none of these takes it.
-    """
+    """One of FREE_PORTS that is free on loopback, and that this process has not been given before."""
     while True:
-        port = random.randrange(20_000, 32_000)  # noqa: S311
+        port = random.choice(FREE_PORTS)  # noqa: S311
         if port not in _given and port_is_free(port):
             _given.add(port)
             return port

@@ -372,8 +372,8 @@ async def test_reads_of_a_group(database: Any, size: int) -> None:
 SETS_OF_TABLES = [frozenset(names) for size in range(3) for names in combinations(write.TABLES, size)]
 
 
-@pytest.mark.parametrize("new", SETS_OF_TABLES, ids="+".join)
-@pytest.mark.parametrize("changed", SETS_OF_TABLES, ids="+".join)
+@pytest.mark.parametrize("new", SETS_OF_TABLES, ids=lambda names: "+".join(sorted(names)))
+@pytest.mark.parametrize("changed", SETS_OF_TABLES, ids=lambda names: "+".join(sorted(names)))
 async def test_write_of_a_group(database: Any, new: frozenset[str], changed: frozenset[str]) -> None:
     for size in (1, 64):
         text = write.statement((new, changed, bool(new or changed)), False)
