@@ -1,9 +1,13 @@
-"""ClaimTasks: tried at once, then at every sign of new tasks until the wait is over, with nothing held meanwhile."""
+"""ClaimTasks: tried at once, then at every sign of new tasks until the wait is over, with nothing held meanwhile.
+
+Calls that claim at the same time share a transaction for each role.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +37,17 @@ from controller_svc.store.database import (
 )
 from controller_svc.store.read import Guard
 from svckit.errors import Aborted, ServiceError
+from svckit.groups import Groups
 from svckit.telemetry import current_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
     from uuid import UUID
 
     from controller_svc.core.mutations import Row
     from controller_svc.core.tasks import ClaimTasks, Task, TaskMutations
     from controller_svc.mutation import Door
+    from controller_svc.store.claims import Claimed
     from controller_svc.store.database import Database
     from svckit.interceptors import Call
 
@@ -49,6 +55,15 @@ log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 1.0
 """How often waiting roles are looked at whatever wake-ups say: others route tasks too, and schedules come due."""
+MOST_LINES = 1000
+"""Roles whose claims are remembered to have had company."""
+ALONE = 2
+"""Claims on their way that wait for a lock; the pool has connections for the groups besides."""
+MOST_TASKS = 256
+"""What the claims of one transaction may ask for together, unless one of them asks for more."""
+
+
+_OF_POSTGRES = (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError)
 
 
 class NothingToClaimError(Exception):
@@ -65,6 +80,8 @@ class Claims:
         self._sleepers: dict[tuple[str, str], deque[asyncio.Future[bool]]] = {}
         self._poller: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[Any]] = set()
+        self._lines: dict[tuple[str, str], Groups[_Ask]] = {}
+        self._alone = asyncio.Semaphore(ALONE)
         self._stopped = False
 
     def start(self) -> None:
@@ -219,32 +236,38 @@ class Claims:
             key_hash=attempt.key_hash,
             command_id=attempt.command_id,
             lifetime=self._door.lifetimes.of_guard(attempt, 0),
+            respond=respond,
         )
+        alone = attempt.alone
         while True:
             if not self._database.ready:
                 raise unavailable()
             if attempt.remaining < MARGIN:
                 raise in_progress() if attempt.key_busy else resource_busy()
-            sent = False
+            ask = _Ask(attempt, claim)
             try:
-                async with self._database.claims.connection(attempt.remaining) as connection:
-                    if attempt.result.cancelled() and attempt.key_hash is None:
-                        raise NothingToClaimError  # the caller left while this one stood in line
-                    sent = True
-                    attempt.timeline = connection.timeline
-                    with confirmed(connection, WATCHDOG_SECONDS):
-                        outcome = await claim_tasks(connection, claim, respond)
-            except (psycopg.Error, PoolTimeout, OutcomeUnknownError) as error:
+                outcome = await self._asked(ask, alone)
+            except NothingToClaimError:
+                raise
+            except Exception as error:
                 if is_lock_timeout(error) or is_collision(error):
                     # Tasks that are locked are skipped: what is waited for is the key's own lock.
                     attempt.key_busy = attempt.key_hash is not None
+                elif ask.sent and isinstance(error, (psycopg.OperationalError, OutcomeUnknownError)):
+                    guard = await self._settled(attempt)
+                    if guard is not None:
+                        return self._door.replay(attempt, guard)
                     continue
-                if not sent or not isinstance(error, (psycopg.OperationalError, OutcomeUnknownError)):
-                    raise refusal(error) from error
-                guard = await self._settled(attempt)
-                if guard is None:
-                    continue
-                outcome = guard
+                elif not ask.sent and attempt.key_busy:
+                    raise in_progress() from None
+                elif alone or not ask.sent:
+                    raise (refusal(error) if isinstance(error, _OF_POSTGRES) else error) from error
+                alone = True  # it may have been another's fault
+                continue
+            if outcome is None:
+                attempt.key_busy = attempt.key_hash is not None
+                alone = True
+                continue
             if isinstance(outcome, Guard):
                 return self._door.replay(attempt, outcome)
             tasks, body = outcome
@@ -252,6 +275,50 @@ class Claims:
                 raise NothingToClaimError
             taken.extend(tasks)
             return self._door.finish(attempt, 0, body)
+
+    async def _asked(self, ask: _Ask, alone: bool) -> Guard | Claimed | None:
+        """As claim_tasks, for one claim: with company, or `alone`. Raises what that raises, and NothingToClaimError."""
+        if alone:
+            async with self._alone:
+                await self._take([ask], wait=True)
+        else:
+            self._line(ask.claim.tenant, ask.claim.role).put(ask)
+        return await ask.outcome
+
+    def _line(self, tenant: str, role: str) -> Groups[_Ask]:
+        """Where the role's claims form groups: one on its way at a time, so no role can keep others waiting."""
+        line = self._lines.get((tenant, role))
+        if line is None:
+            if len(self._lines) >= MOST_LINES:
+                self._lines = {who: line for who, line in self._lines.items() if line.busy}
+            line = self._lines[tenant, role] = Groups("take", self._in_group, _Ask.fail)
+        return line
+
+    async def _in_group(self, group: list[_Ask]) -> None:
+        for asks in _transactions(group):
+            await self._take(asks, wait=False)
+
+    async def _take(self, asks: list[_Ask], *, wait: bool) -> None:
+        """Makes the claims of one transaction, and leaves each its outcome or the error."""
+        for ask in asks:
+            if ask.attempt.result.cancelled() and ask.attempt.key_hash is None:
+                ask.fail(NothingToClaimError())  # the caller left while this one stood in line
+        asks = [ask for ask in asks if not ask.outcome.done()]
+        if not asks:
+            return
+        try:
+            async with self._database.claims.connection(max(ask.attempt.remaining for ask in asks)) as connection:
+                for ask in asks:
+                    ask.sent = True
+                    ask.attempt.timeline = connection.timeline
+                with confirmed(connection, WATCHDOG_SECONDS):
+                    outcomes = await claim_tasks(connection, [ask.claim for ask in asks], wait=wait)
+        except Exception as error:
+            for ask in asks:
+                ask.fail(error)
+        else:
+            for ask, outcome in zip(asks, outcomes, strict=True):
+                ask.outcome.set_result(outcome)
 
     async def _settled(self, attempt: Attempt) -> Guard | None:
         """After a lost connection: the guard if the claim was committed, None if it was not.
@@ -286,3 +353,33 @@ class Claims:
                 await self._door.apply(self._mutations.release, release, command.actor)
             except ServiceError as error:
                 log.warning("task not given back; its lease ends it", task_id=str(task.id), reason=error.reason)
+
+
+@dataclass(slots=True, eq=False)
+class _Ask:
+    """A claim on its way to Postgres."""
+
+    attempt: Attempt
+    claim: TaskClaim
+    outcome: asyncio.Future[Guard | Claimed | None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    sent: bool = False
+    """Postgres may have seen it."""
+
+    def fail(self, error: Exception) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+
+def _transactions(group: list[_Ask]) -> Iterator[list[_Ask]]:
+    """The asks in order, as long as they want no more than MOST_TASKS together."""
+    asks: list[_Ask] = []
+    wanted = 0
+    for ask in group:
+        wanted += ask.claim.max_tasks
+        if asks and wanted > MOST_TASKS:
+            yield asks
+            asks, wanted = [], ask.claim.max_tasks
+        asks.append(ask)
+    yield asks

@@ -1,4 +1,7 @@
-"""The claim of tasks: a transaction of its own, because its answer is known only after its rows are chosen."""
+"""The claim of tasks: in transactions of its own, because an answer is known only after its rows are chosen.
+
+Claims of one role share a transaction, as writes share a statement: together they never wait for a lock.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from psycopg import AsyncRawCursor
 
 from controller_svc.store import tasks
-from controller_svc.store.arrays import Texts
+from controller_svc.store.arrays import Blobs, Ints, Longs, Spans, Texts, Uuids
 from controller_svc.store.read import Guard, read_guards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from uuid import UUID
 
     import psycopg
@@ -23,12 +26,19 @@ if TYPE_CHECKING:
 MAX_ANSWER_BYTES = 1024 * 1024
 
 CLAIM = f"""
-with recursive priorities(priority) as (
+with recursive calls as materialized (
+  select c.* from unnest(
+    $5::bytea[], $6::int[], $7::text[], $8::text[], $9::text[], $10::text[], $11::bytea[], $12::uuid[]
+  ) with ordinality as c(scope, max_tasks, subject, acting_role, on_behalf_of, trace_id, key_hash, command_id, ord)
+  where c.ord = any (string_to_array(current_setting('orchestrator.ours', true), ',')::bigint[]) and not exists (
+    select from idempotency_guards g where g.tenant = $1 and g.scope = c.scope and g.expire_time > clock_timestamp()
+  )
+), places as materialized (
+  select c.*, row_number() over (order by c.ord) as place from calls c cross join generate_series(1, c.max_tasks)
+), priorities(priority) as (
   (
     select priority from tasks where tenant = $1 and target_role = $2 and state = 'PENDING'
-      and not exists (
-        select from idempotency_guards g where g.tenant = $1 and g.scope = $12 and g.expire_time > clock_timestamp()
-      )
+      and exists (select from calls)
     order by priority desc limit 1
   )
   union all
@@ -48,36 +58,53 @@ with recursive priorities(priority) as (
       and t.schedule_time <= statement_timestamp()
       and (select s.state from sessions s where s.tenant = t.tenant and s.id = t.session_id) in ('PENDING', 'ACTIVE')
     order by t.schedule_time, t.id
-    limit $3
+    limit (select count(*) from places)
     for no key update of t skip locked
   ) due
-  limit $3
+  limit (select count(*) from places)
+), given as (
+  select p.id, p.size, n.* from places n join (
+    select id, size, row_number() over (order by priority desc, schedule_time, id) as place from picked
+  ) p using (place)
 ), kept as (
-  select id from (
-    select id, sum(size) over w - size as before from picked window w as (order by priority desc, schedule_time, id)
-  ) p where before = 0 or before + 65536 <= $4
+  select * from (
+    select given.*, sum(size) over (partition by ord order by place) - size as before from given
+  ) g where before = 0 or before + 65536 <= $3
 ), claimed as (
   update tasks t set state = 'RUNNING', version = t.version + 1, attempt = t.attempt + 1,
-    lease_id = gen_random_uuid(), lease_holder = $5,
+    lease_id = gen_random_uuid(), lease_holder = k.subject,
     lease_expire_time = statement_timestamp()
       + least(t.lease_timeout_us, t.attempt_timeout_us) * interval '1 microsecond',
     start_time = statement_timestamp(), update_time = greatest(t.update_time, statement_timestamp()),
     xid = greatest(t.xid, pg_current_xact_id())
-  from kept where t.tenant = $1 and t.id = kept.id
-  returning t.*
+  from kept k where t.tenant = $1 and t.id = k.id
+  returning k.ord, k.place, k.acting_role, k.on_behalf_of, k.trace_id as claim_trace_id, k.key_hash, k.command_id, t.*
 ), audited as (
   insert into audit_events (tenant, xid, method, resource_type, resource_id, version_before, version_after,
-  state_before, state_after, subject, role, on_behalf_of, trace_id, key_hash, command_id) select tenant, xid, $6,
-  'task', id, version - 1, version, 'PENDING', 'RUNNING', $5, $7, $8, $9, $10, $11 from claimed ) select {tasks.COLUMNS}
-  from claimed order by priority desc, schedule_time, id
+  state_before, state_after, subject, role, on_behalf_of, trace_id, key_hash, command_id) select tenant, xid, $4,
+  'task', id, version - 1, version, 'PENDING', 'RUNNING', lease_holder, acting_role, on_behalf_of, claim_trace_id,
+  key_hash, command_id from claimed
+) select {tasks.COLUMNS}, ord from claimed order by place
 """
 
 GUARD = """
 insert into idempotency_guards as k (tenant, scope, command_id, fingerprint, code, answer, create_time, expire_time)
-values ($1, $2, $3, $4, 0, $5, clock_timestamp(), clock_timestamp() + $6::bigint * interval '1 microsecond')
+select $1, c.scope, c.command_id, c.fingerprint, 0, c.answer,
+  clock_timestamp(), clock_timestamp() + c.lifetime * interval '1 microsecond'
+from unnest($2::bytea[], $3::uuid[], $4::bytea[], $5::bytea[], $6::bigint[])
+  as c(scope, command_id, fingerprint, answer, lifetime)
 on conflict (tenant, scope) do update set command_id = excluded.command_id, fingerprint = excluded.fingerprint,
   code = excluded.code, answer = excluded.answer, create_time = excluded.create_time, expire_time = excluded.expire_time
 """
+
+# Which scopes are ours is told to the claim by a setting that lasts as long as the transaction, so that both statements
+# are sent at once.
+_LOCK = (
+    "select set_config('orchestrator.ours', coalesce(string_agg(ord::text, ','), ''), true)"
+    " from unnest($1::bigint[]) with ordinality as t(lock, ord) where "
+)
+LOCK = _LOCK + "pg_advisory_xact_lock(lock)::text is not null"
+TRY_LOCK = _LOCK + "pg_try_advisory_xact_lock(lock)"
 
 LOCK_GUARD = "select from idempotency_guards where tenant = $1 and scope = $2 for no key update"
 
@@ -125,60 +152,88 @@ class TaskClaim:
     key_hash: bytes | None
     command_id: UUID
     lifetime: timedelta
+    respond: Callable[[list[Task]], bytes]
+    """The answer for the tasks it is given."""
+
+
+Claimed = tuple[list["Task"], bytes]
+"""Tasks, highest priority first, and the answer for them."""
 
 
 async def claim_tasks(
-    connection: psycopg.AsyncConnection[Any], claim: TaskClaim, respond: Callable[[list[Task]], bytes]
-) -> Guard | tuple[list[Task], bytes]:
-    """Claims tasks and commits them with their audit events and the guard that holds the answer.
+    connection: psycopg.AsyncConnection[Any], claims: Sequence[TaskClaim], *, wait: bool
+) -> list[Guard | Claimed | None]:
+    """Claims tasks and commits them with their audit events and the guards that hold the answers.
 
-    Returns the scope's guard if it has one; else the tasks, highest priority first, and `respond`'s answer for them. No
-    tasks: nothing is written. Raises psycopg.Error; when the connection is lost, `recorded` tells afterwards what
-    happened.
+    All claims are of one tenant, role and method; the earlier ones are given tasks of higher priority. Returns for each
+    of them the guard if its scope has one; else its tasks with its answer, where no tasks means that nothing is written
+    for it; None if another transaction holds its scope, unless that is to be waited for. Raises psycopg.Error; when the
+    connection is lost, `recorded` tells afterwards what happened.
     """
     async with connection.pipeline(), connection.transaction() as transaction:
-        # The claim takes its snapshot when the scope is ours: it sees a guard of before, and then claims nothing.
-        await lock_scope(connection, claim.scope)
-        cursor = AsyncRawCursor(connection)
-        await cursor.execute(
-            CLAIM,
-            (
-                claim.tenant,
-                claim.role,
-                claim.max_tasks,
-                MAX_ANSWER_BYTES,
-                claim.subject,
-                claim.method,
-                claim.acting_role,
-                claim.on_behalf_of,
-                claim.trace_id,
-                claim.key_hash,
-                claim.command_id,
-                claim.scope,
-            ),
-            binary=True,
-        )
-        claimed = [tasks.from_row(row) for row in await cursor.fetchall()]
-        if not claimed:
+        ours, given = await _given(connection, claims, wait)
+        empty = [claim for claim, tasks in zip(claims, given, strict=True) if not tasks and claim.key_hash is not None]
+        guards = await read_guards(connection, [(claim.tenant, claim.scope) for claim in empty]) if empty else {}
+        written: list[tuple[TaskClaim, bytes]] = []
+        outcomes: list[Guard | Claimed | None] = []
+        for place, (claim, tasks) in enumerate(zip(claims, given, strict=True)):
+            answer = claim.respond(tasks)
+            outcomes.append(guards.get(claim.scope) or ((tasks, answer) if place in ours else None))
+            if tasks:
+                written.append((claim, answer))
+        if written:
+            await _guard(connection, written)
+        else:
             transaction.force_rollback = True
-            guard = None
-            if claim.key_hash is not None:
-                guard = (await read_guards(connection, [(claim.tenant, claim.scope)])).get(claim.scope)
-            return guard or (claimed, respond(claimed))
-        answer = respond(claimed)
-        # Any guard it meets has expired: the scope is ours.
-        await AsyncRawCursor(connection).execute(
-            GUARD,
-            (
-                claim.tenant,
-                claim.scope,
-                claim.command_id,
-                claim.fingerprints,
-                answer,
-                claim.lifetime // timedelta(microseconds=1),
-            ),
-        )
-    return claimed, answer
+    return outcomes
+
+
+async def _given(
+    connection: psycopg.AsyncConnection[Any], claims: Sequence[TaskClaim], wait: bool
+) -> tuple[set[int], list[list[Task]]]:
+    """The places of the claims whose scopes are ours until the transaction ends, and the tasks given to each claim."""
+    locks, cursor = AsyncRawCursor(connection), AsyncRawCursor(connection)
+    # The claim takes its snapshot when the scopes are ours: it sees a guard of before, and then claims nothing.
+    await locks.execute(LOCK if wait else TRY_LOCK, (Longs.of([_lock(claim.scope) for claim in claims]),))
+    one = claims[0]
+    await cursor.execute(
+        CLAIM,
+        (
+            one.tenant,
+            one.role,
+            MAX_ANSWER_BYTES,
+            one.method,
+            Blobs.of([claim.scope for claim in claims]),
+            Ints.of([claim.max_tasks for claim in claims]),
+            Texts.of([claim.subject for claim in claims]),
+            Texts.of([claim.acting_role for claim in claims]),
+            Texts.of([claim.on_behalf_of for claim in claims]),
+            Texts.of([claim.trace_id for claim in claims]),
+            Blobs.of([claim.key_hash for claim in claims]),
+            Uuids.of([claim.command_id for claim in claims]),
+        ),
+        binary=True,
+    )
+    given: list[list[Task]] = [[] for _ in claims]
+    for row in await cursor.fetchall():
+        given[row[-1] - 1].append(tasks.from_row(row))
+    [(ours,)] = await locks.fetchall()
+    return {int(ord_) - 1 for ord_ in ours.split(",") if ord_}, given
+
+
+async def _guard(connection: psycopg.AsyncConnection[Any], written: Sequence[tuple[TaskClaim, bytes]]) -> None:
+    """Writes the guards with their answers. Any guard it meets has expired: the scopes are ours."""
+    await AsyncRawCursor(connection).execute(
+        GUARD,
+        (
+            written[0][0].tenant,
+            Blobs.of([claim.scope for claim, _ in written]),
+            Uuids.of([claim.command_id for claim, _ in written]),
+            Blobs.of([claim.fingerprints for claim, _ in written]),
+            Blobs.of([answer for _, answer in written]),
+            Spans.of([claim.lifetime for claim, _ in written]),
+        ),
+    )
 
 
 async def recorded(connection: psycopg.AsyncConnection[Any], tenant: str, scope: bytes) -> Guard | None:
@@ -194,9 +249,11 @@ async def recorded(connection: psycopg.AsyncConnection[Any], tenant: str, scope:
 
 async def lock_scope(connection: psycopg.AsyncConnection[Any], scope: bytes) -> None:
     """Holds the scope until the transaction ends; the same lock as the writing statement's."""
-    await AsyncRawCursor(connection).execute(
-        "select pg_advisory_xact_lock($1::bigint)", (int.from_bytes(scope[:8], "big", signed=True),)
-    )
+    await AsyncRawCursor(connection).execute("select pg_advisory_xact_lock($1::bigint)", (_lock(scope),))
+
+
+def _lock(scope: bytes) -> int:
+    return int.from_bytes(scope[:8], "big", signed=True)
 
 
 async def claimable(

@@ -28,8 +28,8 @@ LEGEND = """\
 - *of echo* is calls/s divided by those of the bare echo of the same tool at the same number in flight.
 - `echo-keyed` is the echo again, sent token and key as CreateSession is.
 - *CPU* is milliseconds of a process per 1000 calls; in rows of the echo, *controller* is the echo process.
-- *mean group* is the mean number of items per group, by the controller's queue: writes, claims of keys, completions of
-  keys.
+- *mean group* is the mean number of items per group, by the controller's queue: writes, claims of tasks (*take*) and
+  of keys, completions of keys.
 - pgbench runs the statement of one CreateSession (tests/load/create.sql), one per transaction."""
 
 

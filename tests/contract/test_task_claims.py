@@ -1,0 +1,360 @@
+"""Claims of tasks on a real Postgres: what those that share a transaction get, and what each of them is told."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from controller_svc import claims as module
+from controller_svc.claims import Claims
+from controller_svc.core.sessions import Session, SessionState
+from controller_svc.core.tasks import ClaimTasks, Task, TaskMutations
+from controller_svc.idempotency import Idempotency
+from controller_svc.mutation import Door, Lifetimes
+from controller_svc.store import claims as store
+from controller_svc.store.claims import TaskClaim, claim_tasks, lock_scope
+from controller_svc.store.database import Database
+from controller_svc.store.read import Guard, read_guards
+from orchestrator.controller.v1 import task_service_pb2
+from orchestrator.controller.v1.task_service_pb2 import ClaimTasksRequest
+from svckit.auth import Principal
+from svckit.errors import Aborted, InvalidArgument
+from svckit.interceptors import Admission, Call
+from svckit.options import policies
+from svckit.telemetry import new_trace
+from tests.contract.rows import TENANT, insert, new_session, new_task
+from tests.contract.test_door import ACTOR
+
+Connection = psycopg.AsyncConnection[Any]
+METHOD = "/orchestrator.controller.v1.TaskService/ClaimTasks"
+POLICY = policies(task_service_pb2.DESCRIPTOR.services_by_name["TaskService"], 16384)[METHOD]
+EVENTS = (
+    "select resource_id, subject, role, on_behalf_of, trace_id, key_hash, command_id, method, version_before,"
+    " version_after, state_before, state_after from audit_events order by id"
+)
+
+
+def respond(tasks: Sequence[Task]) -> bytes:
+    return " ".join(str(task.id) for task in tasks).encode()
+
+
+def one_claim(max_tasks: int = 1, **changes: Any) -> TaskClaim:
+    """A claim with a key, unlike any other."""
+    mark = secrets.token_hex(4)
+    claim = TaskClaim(
+        tenant=TENANT,
+        role="coder",
+        max_tasks=max_tasks,
+        subject=f"subject-{mark}",
+        acting_role=f"role-{mark}",
+        on_behalf_of=f"behalf-{mark}",
+        trace_id=f"trace-{mark}",
+        method=METHOD,
+        scope=secrets.token_bytes(32),
+        fingerprints=secrets.token_bytes(66),
+        key_hash=secrets.token_bytes(32),
+        command_id=uuid4(),
+        lifetime=timedelta(hours=1),
+        respond=respond,
+    )
+    return replace(claim, **changes)
+
+
+async def take(database: Database, *claims: TaskClaim, wait: bool = False) -> list[Any]:
+    async with database.claims.connection() as connection:
+        return list(await claim_tasks(connection, claims, wait=wait))
+
+
+async def guard_of(database: Database, claim: TaskClaim) -> Guard | None:
+    async with database.looking() as connection:
+        return (await read_guards(connection, [(claim.tenant, claim.scope)])).get(claim.scope)
+
+
+async def count(connection: Connection, what: str) -> int:
+    row = await (await connection.execute(f"select count(*) from {what}")).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+@pytest.fixture
+async def session(connection: Connection) -> Session:
+    session = new_session(SessionState.ACTIVE)
+    await insert(connection, session)
+    return session
+
+
+async def fill(connection: Connection, session: Session, number: int, **values: Any) -> list[Task]:
+    """Pending tasks, the first of them of the highest priority."""
+    tasks = [new_task(session, priority=number - n, **values) for n in range(number)]
+    await insert(connection, *tasks)
+    return tasks
+
+
+async def test_claims_share_what_is_there_in_order(
+    connection: Connection, database: Database, session: Session
+) -> None:
+    tasks = await fill(connection, session, 7)
+    claims = [one_claim(2), one_claim(1, key_hash=None), one_claim(3), one_claim(2), one_claim(1)]
+    outcomes = await take(database, *claims)
+    ids = [[task.id for task in given] for given, _ in outcomes]
+    expected = [task.id for task in tasks]
+    assert ids == [expected[:2], expected[2:3], expected[3:6], expected[6:], []]
+    events = iter(await (await connection.execute(EVENTS)).fetchall())
+    found = {event[0]: event[1:] for event in events}
+    for claim, (given, answer) in zip(claims, outcomes, strict=True):
+        guard = await guard_of(database, claim)
+        assert (guard is not None) == bool(given)
+        if guard is not None:
+            assert (guard.command_id, guard.fingerprints, guard.code, guard.answer) == (
+                claim.command_id, claim.fingerprints, 0, answer,
+            )  # fmt: skip
+        for task in given:
+            assert (task.state, task.version, task.attempt, task.lease_holder) == ("RUNNING", 2, 1, claim.subject)
+            assert found.pop(task.id) == (
+                claim.subject, claim.acting_role, claim.on_behalf_of, claim.trace_id, claim.key_hash, claim.command_id,
+                METHOD, 1, 2, "PENDING", "RUNNING",
+            )  # fmt: skip
+    assert found == {}
+    assert len({task.lease_id for given, _ in outcomes for task in given}) == 7
+
+
+async def test_what_has_a_guard_is_told_it_and_takes_no_place(
+    connection: Connection, database: Database, session: Session
+) -> None:
+    first = one_claim(3)
+    await fill(connection, session, 5)
+    [(_, answer)] = await take(database, first)
+    again, other = replace(first, command_id=uuid4()), one_claim(5)
+    guard, (given, _) = await take(database, again, other)
+    assert (guard.command_id, guard.answer) == (first.command_id, answer)
+    assert len(given) == 2
+    assert await count(connection, "audit_events") == 5
+    [alone] = await take(database, again, wait=True)
+    assert alone == guard
+
+
+async def test_an_expired_guard_gives_way(connection: Connection, database: Database, session: Session) -> None:
+    await fill(connection, session, 2)
+    claim = one_claim()
+    [(before, _)] = await take(database, claim)
+    await connection.execute(
+        "update idempotency_guards set create_time = now() - interval '2 hours', expire_time = now() - interval '1 s'"
+    )
+    later = replace(claim, command_id=uuid4())
+    [(after, answer)] = await take(database, later)
+    assert before != after
+    guard = await guard_of(database, later)
+    assert guard is not None
+    assert (guard.command_id, guard.answer) == (later.command_id, answer)
+
+
+async def test_a_scope_that_is_held_keeps_nobody_waiting(
+    connection: Connection, database: Database, session: Session
+) -> None:
+    tasks = await fill(connection, session, 3)
+    held, free = one_claim(2), one_claim(2)
+    async with connection.transaction():
+        await lock_scope(connection, held.scope)
+        none, (given, _) = await take(database, held, free)
+        assert none is None
+        assert [task.id for task in given] == [task.id for task in tasks[:2]]
+        assert await take(database, held) == [None]
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await take(database, held, wait=True)
+    [(given, _)] = await take(database, held, wait=True)
+    assert [task.id for task in given] == [tasks[2].id]
+
+
+async def test_nothing_to_claim_writes_nothing(connection: Connection, database: Database, session: Session) -> None:
+    await fill(connection, session, 2, target_role="other")
+    claims = [one_claim(), one_claim(key_hash=None)]
+    assert await take(database, *claims) == [([], b""), ([], b"")]
+    assert await take(database, claims[0], wait=True) == [([], b"")]
+    assert await count(connection, "idempotency_guards") == await count(connection, "audit_events") == 0
+
+
+async def test_each_answer_is_cut_by_itself(
+    connection: Connection, database: Database, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a claim gets no room for stays for others, even though another claim could have had it."""
+    await fill(connection, session, 9, description="x" * 1000)
+    monkeypatch.setattr(store, "MAX_ANSWER_BYTES", 65536 + 3000)  # the third would begin beyond it
+    outcomes = await take(database, one_claim(4), one_claim(4))
+    assert [len(given) for given, _ in outcomes] == [2, 2]
+    monkeypatch.setattr(store, "MAX_ANSWER_BYTES", 10)
+    assert [len(given) for given, _ in await take(database, one_claim(4), one_claim(4))] == [1, 1]
+    assert await count(connection, "tasks where state = 'PENDING'") == 3
+
+
+class Worker:
+    """Claims through the servicers' object, and sees which claims shared a transaction."""
+
+    def __init__(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        door = Door(database, Idempotency(None, ttl=86400), Lifetimes(ok=86400, error=600), lanes=1)
+        self.claims = Claims(database, door, TaskMutations())
+        self.transactions: list[list[TaskClaim]] = []
+        self.company: list[Exception] = []
+        """Raised instead of the next transactions that wait for nothing."""
+        self.always: Exception | None = None
+        """Raised instead of every transaction."""
+        self.after: list[Exception] = []
+        """Raised once the next ones are committed."""
+        self.held: dict[str, asyncio.Event] = {}
+        """By role: for what its claims wait."""
+        monkeypatch.setattr(module, "claim_tasks", self._claim_tasks)
+
+    async def _claim_tasks(self, connection: Any, claims: Sequence[TaskClaim], *, wait: bool) -> Any:
+        self.transactions.append(list(claims))
+        if claims[0].role in self.held:
+            await self.held[claims[0].role].wait()
+        if self.company and not wait:
+            raise self.company.pop()
+        if self.always:
+            raise self.always
+        outcomes = await claim_tasks(connection, claims, wait=wait)
+        if self.after:
+            raise self.after.pop()
+        return outcomes
+
+    async def claim(self, key: str = "", *, max_tasks: int = 1, seconds: float = 30, role: str = "coder") -> list[str]:
+        """The ids of the tasks it gets."""
+        request = ClaimTasksRequest(role=role, max_tasks=max_tasks)
+        actor = replace(ACTOR, tenant=TENANT)
+        call = Call(
+            policy=POLICY,
+            raw=request.SerializeToString(),
+            metadata=(("idempotency-key", key),) if key else (),
+            deadline=asyncio.get_running_loop().time() + seconds,
+            trace=new_trace(),
+            principal=Principal("i", TENANT, "s", frozenset({role}), frozenset()),
+            admission=Admission(1000, 1000),
+            request=request,
+        )
+        command = ClaimTasks(actor=actor, role=role, max_tasks=max_tasks, wait_seconds=0)
+        answer = await self.claims.claim(command, call, lambda tasks: respond([task for task, _ in tasks]))
+        return answer.decode().split()
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(claims) for claims in self.transactions]
+
+
+@pytest.fixture
+async def worker(database: Database, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    return Worker(database, monkeypatch)
+
+
+async def test_calls_at_the_same_time_share_a_transaction(
+    connection: Connection, worker: Worker, session: Session
+) -> None:
+    tasks = await fill(connection, session, 40)
+    answers = await asyncio.gather(*(worker.claim(f"key-{n}" if n % 2 else "") for n in range(40)))
+    assert sorted(id_ for ids in answers for id_ in ids) == sorted(str(task.id) for task in tasks)
+    assert len(worker.sizes) <= 3
+    assert await asyncio.gather(*(worker.claim(f"key-{n}") for n in range(1, 40, 2))) == answers[1::2]
+
+
+async def test_a_transaction_takes_no_more_tasks_than_it_may(
+    connection: Connection, worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_TASKS", 5)
+    await fill(connection, session, 30)
+    answers = await asyncio.gather(*(worker.claim(max_tasks=n) for n in (1, 2, 2, 9, 1, 4)))
+    assert sorted(map(len, answers)) == [1, 1, 2, 2, 4, 9]
+    for claims in worker.transactions:
+        assert len(claims) == 1 or sum(claim.max_tasks for claim in claims) <= 5
+
+
+@pytest.mark.parametrize(
+    "error", [psycopg.DataError("a value of one of them"), ValueError("the same"), psycopg.errors.DeadlockDetected()]
+)
+async def test_the_fault_of_one_is_not_its_companys(
+    error: Exception, connection: Connection, worker: Worker, session: Session
+) -> None:
+    tasks = await fill(connection, session, 10)
+    worker.company = [error] * 10
+    answers = await asyncio.gather(*(worker.claim() for _ in range(10)))
+    assert sorted(id_ for ids in answers for id_ in ids) == sorted(str(task.id) for task in tasks)
+    assert worker.sizes[-10:] == [1] * 10
+
+
+async def test_whose_own_fault_it_is_is_told(connection: Connection, worker: Worker, session: Session) -> None:
+    await fill(connection, session, 1)
+    worker.always = psycopg.errors.NumericValueOutOfRange()
+    with pytest.raises(InvalidArgument, match="VALUE_REFUSED"):
+        await worker.claim()
+    worker.always = RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match="a defect"):
+        await worker.claim()
+    assert worker.sizes == [1] * 4, "each once more alone"
+
+
+async def test_a_lost_answer_is_found_by_each(connection: Connection, worker: Worker, session: Session) -> None:
+    tasks = await fill(connection, session, 20)
+    worker.after = [psycopg.OperationalError("the answer is lost")] * 2
+    answers = await asyncio.gather(*(worker.claim(f"key-{n}") for n in range(20)))
+    assert sorted(id_ for ids in answers for id_ in ids) == sorted(str(task.id) for task in tasks)
+    assert sum(worker.sizes) == 20, "nothing is claimed again"
+    assert await count(connection, "audit_events") == 20
+
+
+async def test_a_held_key_delays_its_own_callers_alone(
+    connection: Connection, worker: Worker, session: Session
+) -> None:
+    await fill(connection, session, 10)
+    await worker.claim("held")
+    scope = worker.transactions[0][0].scope
+    await connection.execute("delete from idempotency_guards")
+    async with connection.transaction():
+        await lock_scope(connection, scope)
+        held = asyncio.create_task(worker.claim("held", seconds=1))
+        for other in [asyncio.create_task(worker.claim()) for _ in range(5)]:
+            assert len(await other) == 1
+        assert not held.done()
+        with pytest.raises(Aborted, match="IDEMPOTENCY_IN_PROGRESS"):
+            await held
+    assert len(await worker.claim("held")) == 1
+
+
+async def test_no_role_keeps_another_waiting(
+    connection: Connection, worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_LINES", 2)
+    for role in ("slow", "a", "b", "c"):
+        await fill(connection, session, 2, target_role=role)
+    worker.held["slow"] = asyncio.Event()
+    slow = [asyncio.create_task(worker.claim(role="slow")) for _ in range(2)]
+    for role in ("a", "b", "c", "a", "b", "c"):
+        assert len(await worker.claim(role=role)) == 1
+    assert not any(call.done() for call in slow)
+    assert len(worker.claims._lines) <= 3
+    worker.held["slow"].set()
+    assert [len(await call) for call in slow] == [1, 1]
+
+
+async def test_who_leaves_before_the_transaction_takes_nothing(
+    connection: Connection, worker: Worker, session: Session
+) -> None:
+    await fill(connection, session, 3)
+    worker.held["coder"] = asyncio.Event()
+    first = asyncio.create_task(worker.claim())
+    while not worker.transactions:
+        await asyncio.sleep(0.01)
+    leaving, staying = (asyncio.create_task(worker.claim()) for _ in range(2))
+    while len(worker.claims._line(TENANT, "coder")) < 2:
+        await asyncio.sleep(0.01)
+    leaving.cancel()
+    await asyncio.sleep(0)
+    worker.held["coder"].set()
+    await asyncio.gather(first, staying)
+    await worker.claims.close()
+    assert await count(connection, "audit_events") == 2
+    assert await count(connection, "tasks where state = 'PENDING'") == 1
