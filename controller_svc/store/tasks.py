@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import asyncio
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from psycopg import AsyncRawCursor
 from psycopg.types.json import Jsonb
 
 from controller_svc.core.mutations import Key
 from controller_svc.core.tasks import HeartbeatResult, Task, TaskError, TaskState, lease_refusal
+from controller_svc.store.arrays import Jsons, Texts, Uuids
+from svckit.groups import Groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,17 +40,34 @@ FILTERS = {
 PAGE = " order by id desc limit %(limit)s"
 
 # clock_timestamp(), because the statement may have waited for the row: a lease that ran out meanwhile is not extended.
-HEARTBEAT = """
-update tasks set
-  beat = beat + 1,
-  lease_expire_time = greatest(lease_expire_time, least(
-    clock_timestamp() + lease_timeout_us * interval '1 microsecond',
-    start_time + attempt_timeout_us * interval '1 microsecond'
-  )),
-  progress = coalesce(%(progress)s, progress)
+_EXTEND = """
+  beat = t.beat + 1,
+  lease_expire_time = greatest(t.lease_expire_time, least(
+    clock_timestamp() + t.lease_timeout_us * interval '1 microsecond',
+    t.start_time + t.attempt_timeout_us * interval '1 microsecond'
+  ))
+"""
+HEARTBEAT = f"""
+update tasks t set {_EXTEND}, progress = coalesce(%(progress)s, t.progress)
 where tenant = %(tenant)s and id = %(id)s and lease_id = %(lease_id)s and lease_holder = %(subject)s
   and state = 'RUNNING' and lease_expire_time > clock_timestamp()
 returning lease_expire_time
+"""
+
+# Rows are locked in the order of their keys, and passed over when they are locked by others.
+HEARTBEATS = f"""
+with asked as materialized (
+  select * from unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::jsonb[])
+    with ordinality as a(tenant, id, lease_id, subject, progress, ord)
+), held as materialized (
+  select a.* from tasks t join asked a on t.tenant = a.tenant and t.id = a.id
+  where t.lease_id = a.lease_id and t.lease_holder = a.subject and t.state = 'RUNNING'
+  order by t.tenant, t.id for no key update of t skip locked
+)
+update tasks t set {_EXTEND}, progress = coalesce(h.progress, t.progress)
+from held h where t.tenant = h.tenant and t.id = h.id and t.lease_id = h.lease_id and t.lease_holder = h.subject
+  and t.state = 'RUNNING' and t.lease_expire_time > clock_timestamp()
+returning h.ord, t.lease_expire_time
 """
 
 # Looks at every running task: an index by lease_expire_time would be written to, with all others, by each heartbeat.
@@ -126,6 +148,7 @@ class Tasks:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._beats: Groups[_Beat] = Groups("beat", self._beat_together, _Beat.pass_over)
         self._round = _START
 
     async def get(self, tenant: str, task_id: UUID) -> Task | None:
@@ -194,10 +217,15 @@ class Tasks:
     async def heartbeat(
         self, tenant: str, task_id: UUID, lease_id: UUID, subject: str, progress: dict[str, Any] | None
     ) -> HeartbeatResult:
-        """Extends a lease that is held, in one statement; a task cancelled under it answers cancelled.
+        """Extends a lease that is held; a task cancelled under it answers cancelled.
 
-        Raises what core.tasks.lease_refusal finds for any other lease.
+        Heartbeats that come together share a statement. Raises what core.tasks.lease_refusal finds for any other lease.
         """
+        together = _Beat(tenant, task_id, lease_id, subject, progress)
+        self._beats.put(together)
+        extended = await together.lease_expire_time
+        if extended is not None:
+            return HeartbeatResult(lease_expire_time=extended, cancelled=False)
         key = {"tenant": tenant, "id": task_id}
         beat = {"lease_id": lease_id, "subject": subject, "progress": None if progress is None else Jsonb(progress)}
         while True:
@@ -213,6 +241,26 @@ class Tasks:
             if refusal.reason == "TASK_CANCELLED":
                 return HeartbeatResult(lease_expire_time=None, cancelled=True)
             raise refusal
+
+    async def _beat_together(self, beats: Sequence[_Beat]) -> None:
+        """Extends the leases that are held and that nobody else is changing; the others are passed over.
+
+        So is the second of two heartbeats of one lease.
+        """
+        arrays = (
+            Texts.of([beat.tenant for beat in beats]),
+            Uuids.of([beat.task_id for beat in beats]),
+            Uuids.of([beat.lease_id for beat in beats]),
+            Texts.of([beat.subject for beat in beats]),
+            Jsons.of([beat.progress for beat in beats]),
+        )
+        async with self._database.beating() as connection:
+            cursor = AsyncRawCursor(connection)
+            await cursor.execute(HEARTBEATS, arrays, binary=True)
+            for ord_, lease_expire_time in await cursor.fetchall():
+                beats[ord_ - 1].extend(lease_expire_time)
+        for beat in beats:
+            beat.pass_over()
 
     async def _next_of_round(self, limit: int) -> Sequence[Key]:
         tenant, session_id, id_ = self._round
@@ -230,6 +278,29 @@ class Tasks:
     async def _fetch(self, text: str, values: Mapping[str, object]) -> Sequence[tuple[Any, ...]]:
         async with self._database.reading() as connection:
             return await (await connection.cursor(binary=True).execute(text, values)).fetchall()
+
+
+@dataclass(slots=True, eq=False)
+class _Beat:
+    """A heartbeat that waits for company."""
+
+    tenant: str
+    task_id: UUID
+    lease_id: UUID
+    subject: str
+    progress: dict[str, Any] | None
+    lease_expire_time: asyncio.Future[datetime | None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """None: it was passed over, and has to go alone."""
+
+    def extend(self, lease_expire_time: datetime) -> None:
+        if not self.lease_expire_time.done():
+            self.lease_expire_time.set_result(lease_expire_time)
+
+    def pass_over(self, _error: Exception | None = None) -> None:
+        if not self.lease_expire_time.done():
+            self.lease_expire_time.set_result(None)
 
 
 def _filter(values: Mapping[str, object]) -> str:

@@ -54,7 +54,7 @@ def sessions(database: Database) -> Sessions:
 
 
 @pytest.fixture
-def tasks(database: Database) -> Tasks:
+async def tasks(database: Database) -> Tasks:
     return Tasks(database)
 
 

@@ -317,6 +317,15 @@ async def test_get_and_heartbeat(database: Any) -> None:
     last(database).check(rows=1)
 
 
+async def test_heartbeats_together(database: Any) -> None:
+    cursor = await database.connection.execute(
+        "select tenant, id, lease_id, lease_holder, null::jsonb from tasks where state = 'RUNNING' limit 64"
+    )
+    columns = [list(column) for column in zip(*await cursor.fetchall(), strict=True)]
+    await database.explain(tasks_store.HEARTBEATS, columns)
+    last(database).check(rows=2 * len(columns[0]))
+
+
 # -- sweeps: of all tenants --
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,11 @@ from controller_svc.core.mutations import Key
 from controller_svc.core.sessions import ENDED, Session, SessionState
 from controller_svc.core.tasks import UNFINISHED, HeartbeatResult, Task, TaskError, TaskState
 from controller_svc.store import tasks as store
-from svckit.errors import FailedPrecondition, NotFound, PermissionDenied
+from svckit.errors import Aborted, FailedPrecondition, NotFound, PermissionDenied
 from tests.contract.rows import NOW, TENANT, insert, new_session, new_task
 
 if TYPE_CHECKING:
+    from controller_svc.store.database import Database
     from controller_svc.store.tasks import Tasks
 
 Connection = psycopg.AsyncConnection[Any]
@@ -210,7 +213,7 @@ def running(session: Session, **changes: Any) -> Task:
     )
 
 
-async def beat(tasks: Tasks, task: Task, **changes: Any) -> HeartbeatResult:
+async def heartbeat(tasks: Tasks, task: Task, **changes: Any) -> HeartbeatResult:
     values: dict[str, Any] = {
         "tenant": task.tenant,
         "task_id": task.id,
@@ -221,8 +224,35 @@ async def beat(tasks: Tasks, task: Task, **changes: Any) -> HeartbeatResult:
     return await tasks.heartbeat(**(values | changes))
 
 
+Beat = Callable[..., Coroutine[Any, Any, HeartbeatResult]]
+
+
+@pytest.fixture(params=["alone", "with company"])
+async def beat(request: pytest.FixtureRequest, connection: Connection, session: Session) -> Beat:
+    """A heartbeat; with company, those of others share its statement."""
+    if request.param == "alone":
+        return heartbeat
+    others = [running(session), running(session)]
+    await insert(connection, *others)
+
+    async def beat(tasks: Tasks, task: Task, **changes: Any) -> HeartbeatResult:
+        first, own, last = await asyncio.gather(
+            heartbeat(tasks, others[0]),
+            heartbeat(tasks, task, **changes),
+            heartbeat(tasks, others[1], progress={"of": "another"}),
+            return_exceptions=True,
+        )
+        assert isinstance(first, HeartbeatResult)
+        assert isinstance(last, HeartbeatResult)
+        if isinstance(own, BaseException):
+            raise own
+        return own
+
+    return beat
+
+
 async def test_heartbeat_extends_the_lease_and_nothing_else(
-    connection: Connection, tasks: Tasks, session: Session
+    connection: Connection, tasks: Tasks, session: Session, beat: Beat
 ) -> None:
     task, bystander = running(session, progress={"percent": 1}), running(session)
     await insert(connection, task, bystander)
@@ -238,7 +268,7 @@ async def test_heartbeat_extends_the_lease_and_nothing_else(
     assert await (await connection.execute("select xid from tasks where id = %s", (task.id,))).fetchone() == xid
 
 
-async def test_heartbeat_sets_progress(connection: Connection, tasks: Tasks, session: Session) -> None:
+async def test_heartbeat_sets_progress(connection: Connection, tasks: Tasks, session: Session, beat: Beat) -> None:
     task = running(session)
     await insert(connection, task)
     for number, (progress, stored) in enumerate(
@@ -252,7 +282,7 @@ async def test_heartbeat_sets_progress(connection: Connection, tasks: Tasks, ses
 
 
 async def test_no_heartbeat_goes_beyond_the_attempt_timeout(
-    connection: Connection, tasks: Tasks, session: Session
+    connection: Connection, tasks: Tasks, session: Session, beat: Beat
 ) -> None:
     task = running(session, attempt_timeout=timedelta(seconds=9))
     await insert(connection, task)
@@ -260,13 +290,17 @@ async def test_no_heartbeat_goes_beyond_the_attempt_timeout(
     assert (await beat(tasks, task)).lease_expire_time == task.start_time + timedelta(seconds=9)
 
 
-async def test_no_heartbeat_shortens_a_lease(connection: Connection, tasks: Tasks, session: Session) -> None:
+async def test_no_heartbeat_shortens_a_lease(
+    connection: Connection, tasks: Tasks, session: Session, beat: Beat
+) -> None:
     task = running(session, lease_expire_time=datetime.now(UTC) + HOUR)
     await insert(connection, task)
     assert (await beat(tasks, task)).lease_expire_time == task.lease_expire_time
 
 
-async def test_heartbeat_of_a_cancelled_lease(connection: Connection, tasks: Tasks, session: Session) -> None:
+async def test_heartbeat_of_a_cancelled_lease(
+    connection: Connection, tasks: Tasks, session: Session, beat: Beat
+) -> None:
     lease = uuid4()
     task = new_task(session, TaskState.CANCELLED, lease_id=lease, lease_holder="worker-1", start_time=NOW)
     await insert(connection, task)
@@ -298,6 +332,7 @@ async def test_heartbeat_of_a_lease_that_is_not_held(
     connection: Connection,
     tasks: Tasks,
     session: Session,
+    beat: Beat,
     changes: dict[str, Any],
     call: dict[str, Any],
     error: type[Exception],
@@ -311,7 +346,9 @@ async def test_heartbeat_of_a_lease_that_is_not_held(
     assert await tasks.get(TENANT, task.id) == task
 
 
-async def test_many_heartbeats_at_once_are_all_counted(connection: Connection, tasks: Tasks, session: Session) -> None:
+async def test_many_heartbeats_at_once_are_all_counted(
+    connection: Connection, tasks: Tasks, session: Session, beat: Beat
+) -> None:
     task = running(session)
     await insert(connection, task)
     results = await asyncio.gather(*(beat(tasks, task) for _ in range(20)))
@@ -322,7 +359,7 @@ async def test_many_heartbeats_at_once_are_all_counted(connection: Connection, t
 
 
 async def test_a_lease_that_ends_while_the_heartbeat_waits_is_lost(
-    connection: Connection, tasks: Tasks, session: Session, database_url: str
+    connection: Connection, tasks: Tasks, session: Session, database_url: str, beat: Beat
 ) -> None:
     task = running(session, lease_expire_time=datetime.now(UTC) + timedelta(seconds=1.5))
     await insert(connection, task)
@@ -340,13 +377,62 @@ async def test_a_lease_that_ends_while_the_heartbeat_waits_is_lost(
     assert caught.value.reason == "LEASE_LOST"
 
 
-async def test_a_heartbeat_writes_to_no_index(connection: Connection, session: Session) -> None:
+async def test_heartbeats_at_the_same_time_share_a_statement(
+    connection: Connection, tasks: Tasks, session: Session, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own progress and its own end; whose row is held by a stranger keeps nobody else waiting."""
+    leases = [timedelta(seconds=10 + n) for n in range(10)]
+    running_ = [running(session, lease_timeout=lease) for lease in leases]
+    await insert(connection, *running_)
+    beating, used = database.beating, itertools.count()
+
+    def counted() -> Any:
+        next(used)
+        return beating()
+
+    monkeypatch.setattr(database, "beating", counted)
+    async with connection.transaction():
+        await connection.execute("select from tasks where id = %s for no key update", (running_[3].id,))
+        beats = [asyncio.create_task(heartbeat(tasks, task, progress={"n": n})) for n, task in enumerate(running_)]
+        results = [await beats[n] for n in range(10) if n != 3]
+        assert not beats[3].done()
+        with pytest.raises(Aborted, match="RESOURCE_BUSY"):
+            await beats[3]
+    assert next(used) == 2, "all together, and the held one alone"
+    del running_[3], leases[3]
+    for task, lease, result in zip(running_, leases, results, strict=True):
+        found = await tasks.get(TENANT, task.id)
+        assert found == replace(
+            task, beat=1, progress={"n": int(lease.total_seconds()) - 10}, lease_expire_time=result.lease_expire_time
+        )
+    ends = [result.lease_expire_time for result in results if result.lease_expire_time]
+    assert ends == sorted(set(ends))
+
+
+async def test_heartbeats_that_fail_together_are_tried_alone(
+    connection: Connection, tasks: Tasks, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        store, "HEARTBEATS", "select 1/0 from unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::jsonb[])"
+    )
+    running_ = [running(session) for _ in range(5)]
+    await insert(connection, *running_)
+    await asyncio.gather(*(heartbeat(tasks, task) for task in running_))
+    assert [found.beat for task in running_ if (found := await tasks.get(TENANT, task.id))] == [1] * 5
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_a_heartbeat_writes_to_no_index(connection: Connection, session: Session, together: bool) -> None:
     task = running(session)
     await insert(connection, task)
     beat = {"tenant": TENANT, "id": task.id, "lease_id": task.lease_id, "subject": task.lease_holder}
     async with connection.transaction():
         for number in range(10):
-            await connection.execute(store.HEARTBEAT, beat | {"progress": Jsonb({"percent": number})})
+            values = beat | {"progress": Jsonb({"percent": number})}
+            if together:
+                await psycopg.AsyncRawCursor(connection).execute(store.HEARTBEATS, [[one] for one in values.values()])
+            else:
+                await connection.execute(store.HEARTBEAT, values)
         cursor = await connection.execute(
             "select n_tup_upd, n_tup_hot_upd from pg_stat_xact_user_tables where relname = 'tasks'"
         )

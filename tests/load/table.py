@@ -29,7 +29,7 @@ LEGEND = """\
 - `echo-keyed` is the echo again, sent token and key as CreateSession is.
 - *CPU* is milliseconds of a process per 1000 calls; in rows of the echo, *controller* is the echo process.
 - *mean group* is the mean number of items per group, by the controller's queue: writes, claims of tasks (*take*) and
-  of keys, completions of keys.
+  of keys, completions of keys, heartbeats (*beat*), reads.
 - pgbench runs the statement of one CreateSession (tests/load/create.sql), one per transaction."""
 
 
