@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -21,12 +22,12 @@ from controller_svc.idempotency import Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store import claims as store
 from controller_svc.store.claims import TaskClaim, claim_tasks, lock_scope
-from controller_svc.store.database import Database
+from controller_svc.store.database import Database, OutcomeUnknownError
 from controller_svc.store.read import Guard, read_guards
 from orchestrator.controller.v1 import task_service_pb2
 from orchestrator.controller.v1.task_service_pb2 import ClaimTasksRequest
 from svckit.auth import Principal
-from svckit.errors import Aborted, InvalidArgument
+from svckit.errors import Aborted, InvalidArgument, Unavailable
 from svckit.interceptors import Admission, Call
 from svckit.options import policies
 from svckit.telemetry import new_trace
@@ -103,6 +104,7 @@ async def test_claims_share_what_is_there_in_order(
 ) -> None:
     tasks = await fill(connection, session, 7)
     claims = [one_claim(2), one_claim(1, key_hash=None), one_claim(3), one_claim(2), one_claim(1)]
+    claims = [replace(claim, lifetime=timedelta(hours=n)) for n, claim in enumerate(claims, 1)]
     outcomes = await take(database, *claims)
     ids = [[task.id for task in given] for given, _ in outcomes]
     expected = [task.id for task in tasks]
@@ -116,6 +118,7 @@ async def test_claims_share_what_is_there_in_order(
             assert (guard.command_id, guard.fingerprints, guard.code, guard.answer) == (
                 claim.command_id, claim.fingerprints, 0, answer,
             )  # fmt: skip
+            assert guard.expire_time - given[0].update_time == pytest.approx(claim.lifetime, abs=timedelta(minutes=1))
         for task in given:
             assert (task.state, task.version, task.attempt, task.lease_holder) == ("RUNNING", 2, 1, claim.subject)
             assert found.pop(task.id) == (
@@ -198,7 +201,8 @@ class Worker:
     """Claims through the servicers' object, and sees which claims shared a transaction."""
 
     def __init__(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-        door = Door(database, Idempotency(None, ttl=86400), Lifetimes(ok=86400, error=600), lanes=1)
+        lifetimes = Lifetimes(ok=86400, error=600)
+        door = Door(database, Idempotency(None, ttl=86400), lifetimes, lanes=1, near_bytes=1 << 20)
         self.claims = Claims(database, door, TaskMutations())
         self.transactions: list[list[TaskClaim]] = []
         self.company: list[Exception] = []
@@ -207,6 +211,8 @@ class Worker:
         """Raised instead of every transaction."""
         self.after: list[Exception] = []
         """Raised once the next ones are committed."""
+        self.warned = False
+        """Whether Postgres warns when the next ones are committed."""
         self.held: dict[str, asyncio.Event] = {}
         """By role: for what its claims wait."""
         monkeypatch.setattr(module, "claim_tasks", self._claim_tasks)
@@ -220,21 +226,24 @@ class Worker:
         if self.always:
             raise self.always
         outcomes = await claim_tasks(connection, claims, wait=wait)
+        connection.warned, self.warned = self.warned, False
         if self.after:
             raise self.after.pop()
         return outcomes
 
-    async def claim(self, key: str = "", *, max_tasks: int = 1, seconds: float = 30, role: str = "coder") -> list[str]:
+    async def claim(
+        self, key: str = "", *, max_tasks: int = 1, seconds: float = 30, role: str = "coder", tenant: str = TENANT
+    ) -> list[str]:
         """The ids of the tasks it gets."""
         request = ClaimTasksRequest(role=role, max_tasks=max_tasks)
-        actor = replace(ACTOR, tenant=TENANT)
+        actor = replace(ACTOR, tenant=tenant)
         call = Call(
             policy=POLICY,
             raw=request.SerializeToString(),
             metadata=(("idempotency-key", key),) if key else (),
             deadline=asyncio.get_running_loop().time() + seconds,
             trace=new_trace(),
-            principal=Principal("i", TENANT, "s", frozenset({role}), frozenset()),
+            principal=Principal("i", tenant, "s", frozenset({role}), frozenset()),
             admission=Admission(1000, 1000),
             request=request,
         )
@@ -259,7 +268,19 @@ async def test_calls_at_the_same_time_share_a_transaction(
     answers = await asyncio.gather(*(worker.claim(f"key-{n}" if n % 2 else "") for n in range(40)))
     assert sorted(id_ for ids in answers for id_ in ids) == sorted(str(task.id) for task in tasks)
     assert len(worker.sizes) <= 3
+    before = len(worker.transactions)
     assert await asyncio.gather(*(worker.claim(f"key-{n}") for n in range(1, 40, 2))) == answers[1::2]
+    assert len(worker.transactions) == before, "what was answered on this timeline is replayed from memory"
+
+
+async def test_tenants_share_nothing(connection: Connection, worker: Worker, session: Session) -> None:
+    other = new_session(SessionState.ACTIVE, tenant="other")
+    await insert(connection, other)
+    ours = {str(task.id) for task in await fill(connection, session, 3)}
+    theirs = {str(task.id) for task in await fill(connection, other, 3)}
+    answers = await asyncio.gather(*(worker.claim(tenant=(TENANT, "other")[n % 2]) for n in range(8)))
+    assert {id_ for ids in answers[::2] for id_ in ids} == ours
+    assert {id_ for ids in answers[1::2] for id_ in ids} == theirs
 
 
 async def test_a_transaction_takes_no_more_tasks_than_it_may(
@@ -297,9 +318,14 @@ async def test_whose_own_fault_it_is_is_told(connection: Connection, worker: Wor
     assert worker.sizes == [1] * 4, "each once more alone"
 
 
-async def test_a_lost_answer_is_found_by_each(connection: Connection, worker: Worker, session: Session) -> None:
+@pytest.mark.parametrize("cause", [psycopg.OperationalError("lost"), OutcomeUnknownError("lost"), None])
+async def test_a_lost_answer_is_found_by_each(
+    cause: Exception | None, connection: Connection, worker: Worker, session: Session
+) -> None:
+    """`cause`: None is a warning that came with the commit, as when no standby has it."""
     tasks = await fill(connection, session, 20)
-    worker.after = [psycopg.OperationalError("the answer is lost")] * 2
+    worker.after = [cause] * 2 if cause else []
+    worker.warned = cause is None
     answers = await asyncio.gather(*(worker.claim(f"key-{n}") for n in range(20)))
     assert sorted(id_ for ids in answers for id_ in ids) == sorted(str(task.id) for task in tasks)
     assert sum(worker.sizes) == 20, "nothing is claimed again"
@@ -309,10 +335,9 @@ async def test_a_lost_answer_is_found_by_each(connection: Connection, worker: Wo
 async def test_a_held_key_delays_its_own_callers_alone(
     connection: Connection, worker: Worker, session: Session
 ) -> None:
-    await fill(connection, session, 10)
-    await worker.claim("held")
+    assert await worker.claim("held") == []
     scope = worker.transactions[0][0].scope
-    await connection.execute("delete from idempotency_guards")
+    await fill(connection, session, 10)
     async with connection.transaction():
         await lock_scope(connection, scope)
         held = asyncio.create_task(worker.claim("held", seconds=1))
@@ -321,6 +346,7 @@ async def test_a_held_key_delays_its_own_callers_alone(
         assert not held.done()
         with pytest.raises(Aborted, match="IDEMPOTENCY_IN_PROGRESS"):
             await held
+    assert len(worker.transactions) < 15, "it waits for the lock, and does not ask again and again"
     assert len(await worker.claim("held")) == 1
 
 
@@ -340,15 +366,30 @@ async def test_no_role_keeps_another_waiting(
     assert [len(await call) for call in slow] == [1, 1]
 
 
-async def test_who_leaves_before_the_transaction_takes_nothing(
-    connection: Connection, worker: Worker, session: Session
+async def test_without_a_connection_nothing_was_sent(
+    connection: Connection, database: Database, worker: Worker, session: Session
 ) -> None:
+    await fill(connection, session, 1)
+    async with AsyncExitStack() as used:
+        for _ in range(database.claims.max_size):
+            await used.enter_async_context(database.claims.connection())
+        with pytest.raises(Unavailable, match="DATABASE_BUSY"):
+            await worker.claim(seconds=0.5)
+    assert worker.transactions == []
+    assert len(await worker.claim()) == 1
+
+
+@pytest.mark.parametrize("key", ["", "key"])
+async def test_who_leaves_before_the_transaction_takes_nothing_without_a_key(
+    key: str, connection: Connection, worker: Worker, session: Session
+) -> None:
+    """With a key it does: a retry is answered."""
     await fill(connection, session, 3)
     worker.held["coder"] = asyncio.Event()
     first = asyncio.create_task(worker.claim())
     while not worker.transactions:
         await asyncio.sleep(0.01)
-    leaving, staying = (asyncio.create_task(worker.claim()) for _ in range(2))
+    leaving, staying = asyncio.create_task(worker.claim(key)), asyncio.create_task(worker.claim())
     while len(worker.claims._line(TENANT, "coder")) < 2:
         await asyncio.sleep(0.01)
     leaving.cancel()
@@ -356,5 +397,7 @@ async def test_who_leaves_before_the_transaction_takes_nothing(
     worker.held["coder"].set()
     await asyncio.gather(first, staying)
     await worker.claims.close()
-    assert await count(connection, "audit_events") == 2
-    assert await count(connection, "tasks where state = 'PENDING'") == 1
+    assert await count(connection, "audit_events") == 2 + bool(key)
+    assert await count(connection, "tasks where state = 'PENDING'") == 1 - bool(key)
+    if key:
+        assert len(await worker.claim(key)) == 1
