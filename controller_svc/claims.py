@@ -25,7 +25,7 @@ from controller_svc.mutation import (
     Answer,
     Attempt,
 )
-from controller_svc.store.claims import TaskClaim, claim_tasks, claimable, recorded
+from controller_svc.store.claims import NotNow, TaskClaim, claim_tasks, claimable, recorded
 from controller_svc.store.database import (
     OutcomeUnknownError,
     confirmed,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from controller_svc.core.tasks import ClaimTasks, Task, TaskMutations
     from controller_svc.mutation import Door
     from controller_svc.store.claims import Claimed
-    from controller_svc.store.database import Database
+    from controller_svc.store.database import Connection, Database
     from svckit.interceptors import Call
 
 log = structlog.get_logger(__name__)
@@ -56,14 +56,14 @@ log = structlog.get_logger(__name__)
 POLL_SECONDS = 1.0
 """How often waiting roles are looked at whatever wake-ups say: others route tasks too, and schedules come due."""
 MOST_LINES = 1000
-"""Roles whose claims are remembered to have had company."""
+"""Above so many roles, those whose claims are all done are forgotten to have had company."""
 ALONE = 2
-"""Claims on their way that wait for a lock; the pool has connections for the groups besides."""
+"""Claims on their way that wait for a lock; the pool has connections for others besides."""
 MOST_TASKS = 256
 """What the claims of one transaction may ask for together, unless one of them asks for more."""
 
-
 _OF_POSTGRES = (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError)
+"""What a transaction may raise without a defect of ours."""
 
 
 class NothingToClaimError(Exception):
@@ -82,6 +82,7 @@ class Claims:
         self._running: set[asyncio.Task[Any]] = set()
         self._lines: dict[tuple[str, str], Groups[_Ask]] = {}
         self._alone = asyncio.Semaphore(ALONE)
+        self._doubts: Groups[_Doubt] = Groups("settle", self._settle, _Doubt.fail)
         self._stopped = False
 
     def start(self) -> None:
@@ -223,14 +224,11 @@ class Claims:
     ) -> Answer:
         actor = command.actor
         claim = TaskClaim(
-            tenant=actor.tenant,
-            role=command.role,
             max_tasks=command.max_tasks,
             subject=actor.subject,
             acting_role=actor.acting_role(command.role),
             on_behalf_of=actor.on_behalf_of,
             trace_id=attempt.trace_id,
-            method=attempt.method,
             scope=attempt.scope,
             fingerprints=attempt.fingerprints,
             key_hash=attempt.key_hash,
@@ -238,87 +236,100 @@ class Claims:
             lifetime=self._door.lifetimes.of_guard(attempt, 0),
             respond=respond,
         )
-        alone = attempt.alone
+        single, waits = False, attempt.alone
         while True:
             if not self._database.ready:
                 raise unavailable()
             if attempt.remaining < MARGIN:
                 raise in_progress() if attempt.key_busy else resource_busy()
-            ask = _Ask(attempt, claim)
+            ask = _Ask(attempt, claim, single)
             try:
-                outcome = await self._asked(ask, alone)
+                outcome = await (self._wait_for_scope(ask, command.role) if waits else self._line_up(ask, command.role))
             except NothingToClaimError:
                 raise
             except Exception as error:
                 if is_lock_timeout(error) or is_collision(error):
-                    # Tasks that are locked are skipped: what is waited for is the key's own lock.
-                    attempt.key_busy = attempt.key_hash is not None
+                    # Tasks that are locked are skipped: who waits, waits for its key's own lock.
+                    attempt.key_busy = attempt.key_busy or (waits and attempt.key_hash is not None)
                 elif ask.sent and isinstance(error, (psycopg.OperationalError, OutcomeUnknownError)):
                     guard = await self._settled(attempt)
                     if guard is not None:
                         return self._door.replay(attempt, guard)
-                    continue
-                elif not ask.sent and attempt.key_busy:
+                    await asyncio.sleep(RESEND_PAUSE)
+                elif isinstance(error, PoolTimeout) and attempt.key_busy:
                     raise in_progress() from None
-                elif alone or not ask.sent:
-                    raise (refusal(error) if isinstance(error, _OF_POSTGRES) else error) from error
-                alone = True  # it may have been another's fault
+                elif single or waits or not ask.sent:
+                    if isinstance(error, _OF_POSTGRES):
+                        raise refusal(error) from error
+                    raise
+                single = True  # it may have been another's fault
                 continue
-            if outcome is None:
+            if outcome is NotNow.HELD:
+                waits = True
                 attempt.key_busy = attempt.key_hash is not None
-                alone = True
-                continue
-            if isinstance(outcome, Guard):
+            elif isinstance(outcome, Guard):
                 return self._door.replay(attempt, outcome)
-            tasks, body = outcome
-            if not tasks:
-                raise NothingToClaimError
-            taken.extend(tasks)
-            return self._door.finish(attempt, 0, body)
+            elif isinstance(outcome, tuple):
+                tasks, body = outcome
+                if not tasks:
+                    raise NothingToClaimError
+                taken.extend(tasks)
+                return self._door.finish(attempt, 0, body)
 
-    async def _asked(self, ask: _Ask, alone: bool) -> Guard | Claimed | None:
-        """As claim_tasks, for one claim: with company, or `alone`. Raises what that raises, and NothingToClaimError."""
-        if alone:
-            async with self._alone:
-                await self._take([ask], wait=True)
-        else:
-            self._line(ask.claim.tenant, ask.claim.role).put(ask)
+    async def _line_up(self, ask: _Ask, role: str) -> Guard | Claimed | NotNow | None:
+        """The claim's outcome in the next transaction of its role."""
+        self._line(ask.attempt.tenant, role).put(ask)
+        return await ask.outcome
+
+    async def _wait_for_scope(self, ask: _Ask, role: str) -> Guard | Claimed | NotNow | None:
+        """The claim's outcome in a transaction of its own, which waits for who holds the scope."""
+        try:
+            async with asyncio.timeout(ask.attempt.remaining - MARGIN):
+                await self._alone.acquire()
+        except TimeoutError:
+            return None
+        try:
+            await self._take(ask.attempt.tenant, role, [ask], wait=True)
+        finally:
+            self._alone.release()
         return await ask.outcome
 
     def _line(self, tenant: str, role: str) -> Groups[_Ask]:
-        """Where the role's claims form groups: one on its way at a time, so no role can keep others waiting."""
+        """Where the role's claims form groups: one on its way at a time."""
         line = self._lines.get((tenant, role))
         if line is None:
             if len(self._lines) >= MOST_LINES:
                 self._lines = {who: line for who, line in self._lines.items() if line.busy}
-            line = self._lines[tenant, role] = Groups("take", self._in_group, _Ask.fail)
+            line = self._lines[tenant, role] = Groups("take", partial(self._in_group, tenant, role), _Ask.fail)
         return line
 
-    async def _in_group(self, group: list[_Ask]) -> None:
+    async def _in_group(self, tenant: str, role: str, group: list[_Ask]) -> None:
         for asks in _transactions(group):
-            await self._take(asks, wait=False)
+            await self._take(tenant, role, asks, wait=False)
 
-    async def _take(self, asks: list[_Ask], *, wait: bool) -> None:
+    async def _take(self, tenant: str, role: str, asks: list[_Ask], *, wait: bool) -> None:
         """Makes the claims of one transaction, and leaves each its outcome or the error."""
-        for ask in asks:
-            if ask.attempt.result.cancelled() and ask.attempt.key_hash is None:
-                ask.fail(NothingToClaimError())  # the caller left while this one stood in line
-        asks = [ask for ask in asks if not ask.outcome.done()]
-        if not asks:
-            return
         try:
-            async with self._database.claims.connection(max(ask.attempt.remaining for ask in asks)) as connection:
-                for ask in asks:
-                    ask.sent = True
-                    ask.attempt.timeline = connection.timeline
-                with confirmed(connection, WATCHDOG_SECONDS):
-                    outcomes = await claim_tasks(connection, [ask.claim for ask in asks], wait=wait)
+            if asks := _wanted(asks):
+                longest = max(ask.attempt.remaining for ask in asks)
+                async with self._database.claims.connection(longest) as connection:
+                    if asks := _wanted(asks):
+                        await self._send(connection, tenant, role, asks, wait)
         except Exception as error:
+            if len(asks) > 1:
+                log.warning("claims failed together", size=len(asks), error=repr(error))
             for ask in asks:
                 ask.fail(error)
-        else:
-            for ask, outcome in zip(asks, outcomes, strict=True):
-                ask.outcome.set_result(outcome)
+
+    async def _send(self, connection: Connection, tenant: str, role: str, asks: list[_Ask], wait: bool) -> None:
+        for ask in asks:
+            ask.sent = True
+            ask.attempt.timeline = connection.timeline
+        with confirmed(connection, WATCHDOG_SECONDS):
+            claims = [ask.claim for ask in asks]
+            outcomes = await claim_tasks(connection, tenant, role, asks[0].attempt.method, claims, wait=wait)
+        for ask, outcome in zip(asks, outcomes, strict=True):
+            ask.outcome.set_result(outcome)
 
     async def _settled(self, attempt: Attempt) -> Guard | None:
         """After a lost connection: the guard if the claim was committed, None if it was not.
@@ -329,15 +340,33 @@ class Claims:
         loop = asyncio.get_running_loop()
         until = loop.time() + RESEND_SECONDS
         while True:
+            doubt = _Doubt(attempt)
+            self._doubts.put(doubt)
             try:
-                async with self._database.claims.connection() as connection:
-                    attempt.timeline = connection.timeline
-                    with confirmed(connection, WATCHDOG_SECONDS):
-                        return await recorded(connection, attempt.tenant, attempt.scope)
-            except (psycopg.Error, PoolTimeout, OutcomeUnknownError):
-                if loop.time() > until:
-                    raise self._door.leave_open(attempt) from None
-                await asyncio.sleep(RESEND_PAUSE)
+                found = await doubt.found
+            except Exception as error:
+                if not isinstance(error, _OF_POSTGRES):
+                    raise
+            else:
+                if not isinstance(found, NotNow):
+                    return found
+            if loop.time() > until:
+                raise self._door.leave_open(attempt) from None
+            await asyncio.sleep(RESEND_PAUSE)
+
+    async def _settle(self, doubts: list[_Doubt]) -> None:
+        """Looks together at what became of claims."""
+        scopes = [(doubt.attempt.tenant, doubt.attempt.scope) for doubt in doubts]
+        try:
+            async with self._database.claims.connection() as connection:
+                with confirmed(connection, WATCHDOG_SECONDS):
+                    found = await recorded(connection, scopes)
+                for doubt, guard in zip(doubts, found, strict=True):
+                    doubt.attempt.timeline = connection.timeline
+                    doubt.found.set_result(guard)
+        except _OF_POSTGRES as error:
+            for doubt in doubts:
+                doubt.fail(error)
 
     def _give_back(self, attempt: Attempt, command: ClaimTasks, taken: list[Task]) -> None:
         """A caller that has left never sees its lease ids: without a key nobody ever will."""
@@ -361,9 +390,12 @@ class _Ask:
 
     attempt: Attempt
     claim: TaskClaim
-    outcome: asyncio.Future[Guard | Claimed | None] = field(
+    single: bool
+    """It shares its transaction with none."""
+    outcome: asyncio.Future[Guard | Claimed | NotNow | None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
+    """None: its time was over before it was sent."""
     sent: bool = False
     """Postgres may have seen it."""
 
@@ -372,13 +404,37 @@ class _Ask:
             self.outcome.set_exception(error)
 
 
+@dataclass(slots=True, eq=False)
+class _Doubt:
+    """A claim of which nobody knows yet whether it was made."""
+
+    attempt: Attempt
+    found: asyncio.Future[Guard | NotNow | None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    def fail(self, error: Exception) -> None:
+        if not self.found.done():
+            self.found.set_exception(error)
+
+
+def _wanted(asks: list[_Ask]) -> list[_Ask]:
+    """Those that are to be sent: not of callers without a key that have left, nor of those that are late."""
+    for ask in asks:
+        if ask.attempt.result.cancelled() and ask.attempt.key_hash is None:
+            ask.fail(NothingToClaimError())
+        elif ask.attempt.remaining < MARGIN and not ask.outcome.done():
+            ask.outcome.set_result(None)
+    return [ask for ask in asks if not ask.outcome.done()]
+
+
 def _transactions(group: list[_Ask]) -> Iterator[list[_Ask]]:
     """The asks in order, as long as they want no more than MOST_TASKS together."""
     asks: list[_Ask] = []
     wanted = 0
     for ask in group:
         wanted += ask.claim.max_tasks
-        if asks and wanted > MOST_TASKS:
+        if asks and (ask.single or asks[0].single or wanted > MOST_TASKS):
             yield asks
             asks, wanted = [], ask.claim.max_tasks
         asks.append(ask)

@@ -1,18 +1,19 @@
 """The claim of tasks: in transactions of its own, because an answer is known only after its rows are chosen.
 
-Claims of one role share a transaction, as writes share a statement: together they never wait for a lock.
+Claims of one role share a transaction, as writes share a statement: together they wait for no other claim.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from psycopg import AsyncRawCursor
 
 from controller_svc.store import tasks
-from controller_svc.store.arrays import Blobs, Ints, Longs, Spans, Texts, Uuids
+from controller_svc.store.arrays import Array, Blobs, Ints, Longs, Spans, Texts, Uuids
 from controller_svc.store.read import Guard, read_guards
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from controller_svc.core.tasks import Task
 
 MAX_ANSWER_BYTES = 1024 * 1024
+"""Of a transaction, all its answers together: more would keep everything else in the process waiting."""
 
 CLAIM = f"""
 with recursive calls as materialized (
@@ -68,7 +70,7 @@ with recursive calls as materialized (
   ) p using (place)
 ), kept as (
   select * from (
-    select given.*, sum(size) over (partition by ord order by place) - size as before from given
+    select given.*, sum(size) over (order by place) - size as before from given
   ) g where before = 0 or before + 65536 <= $3
 ), claimed as (
   update tasks t set state = 'RUNNING', version = t.version + 1, attempt = t.attempt + 1,
@@ -84,7 +86,7 @@ with recursive calls as materialized (
   state_before, state_after, subject, role, on_behalf_of, trace_id, key_hash, command_id) select tenant, xid, $4,
   'task', id, version - 1, version, 'PENDING', 'RUNNING', lease_holder, acting_role, on_behalf_of, claim_trace_id,
   key_hash, command_id from claimed
-) select {tasks.COLUMNS}, ord from claimed order by place
+) select {tasks.COLUMNS}, ord, (select count(*) from given) > (select count(*) from kept) from claimed order by place
 """
 
 GUARD = """
@@ -106,7 +108,11 @@ _LOCK = (
 LOCK = _LOCK + "pg_advisory_xact_lock(lock)::text is not null"
 TRY_LOCK = _LOCK + "pg_try_advisory_xact_lock(lock)"
 
-LOCK_GUARD = "select from idempotency_guards where tenant = $1 and scope = $2 for no key update"
+LOCK_GUARDS = """
+select from idempotency_guards g join unnest($1::text[], $2::bytea[]) as k(tenant, scope)
+  on g.tenant = k.tenant and g.scope = k.scope
+order by g.tenant, g.scope for no key update of g
+"""
 
 CLAIMABLE = """
 select k.tenant, k.role from unnest($1::text[], $2::text[]) as k(tenant, role)
@@ -137,16 +143,13 @@ where exists (
 
 @dataclass(frozen=True, slots=True)
 class TaskClaim:
-    """What is claimed, by whom, and the guard that makes it once."""
+    """How many tasks are claimed, by whom, and the guard that makes it once."""
 
-    tenant: str
-    role: str
     max_tasks: int
     subject: str
     acting_role: str
     on_behalf_of: str
     trace_id: str
-    method: str
     scope: bytes
     fingerprints: bytes
     key_hash: bytes | None
@@ -157,76 +160,93 @@ class TaskClaim:
 
 
 Claimed = tuple[list["Task"], bytes]
-"""Tasks, highest priority first, and the answer for them."""
+"""Tasks, highest priority first, and the answer for them; without tasks there is no answer either."""
+
+
+class NotNow(Enum):
+    """Why nothing is known of a scope yet, or of what its claim might get."""
+
+    HELD = "held"
+    """Another transaction holds the scope."""
+    NO_ROOM = "no room"
+    """There are tasks, and no room for them among the answers of the transaction."""
 
 
 async def claim_tasks(
-    connection: psycopg.AsyncConnection[Any], claims: Sequence[TaskClaim], *, wait: bool
-) -> list[Guard | Claimed | None]:
+    connection: psycopg.AsyncConnection[Any],
+    tenant: str,
+    role: str,
+    method: str,
+    claims: Sequence[TaskClaim],
+    *,
+    wait: bool,
+) -> list[Guard | Claimed | NotNow]:
     """Claims tasks and commits them with their audit events and the guards that hold the answers.
 
-    All claims are of one tenant, role and method; the earlier ones are given tasks of higher priority. Returns for each
-    of them the guard if its scope has one; else its tasks with its answer, where no tasks means that nothing is written
-    for it; None if another transaction holds its scope, unless that is to be waited for. Raises psycopg.Error; when the
-    connection is lost, `recorded` tells afterwards what happened.
+    The earlier claims are given tasks of higher priority. Returns for each of them the guard if its scope has one; else
+    its tasks with their answer, where no tasks means that nothing is written for it; or why it has to be made again.
+    With `wait`, scopes that others hold are waited for. Raises psycopg.Error; when the connection is lost, `recorded`
+    tells afterwards what happened.
     """
     async with connection.pipeline(), connection.transaction() as transaction:
-        ours, given = await _given(connection, claims, wait)
-        empty = [claim for claim, tasks in zip(claims, given, strict=True) if not tasks and claim.key_hash is not None]
-        guards = await read_guards(connection, [(claim.tenant, claim.scope) for claim in empty]) if empty else {}
+        locks, cursor = AsyncRawCursor(connection), AsyncRawCursor(connection)
+        # The claim takes its snapshot when the scopes are ours: it sees a guard of before, and then claims nothing.
+        await locks.execute(LOCK if wait else TRY_LOCK, (_locks([claim.scope for claim in claims]),))
+        await cursor.execute(
+            CLAIM,
+            (
+                tenant,
+                role,
+                MAX_ANSWER_BYTES,
+                method,
+                Blobs.of([claim.scope for claim in claims]),
+                Ints.of([claim.max_tasks for claim in claims]),
+                Texts.of([claim.subject for claim in claims]),
+                Texts.of([claim.acting_role for claim in claims]),
+                Texts.of([claim.on_behalf_of for claim in claims]),
+                Texts.of([claim.trace_id for claim in claims]),
+                Blobs.of([claim.key_hash for claim in claims]),
+                Uuids.of([claim.command_id for claim in claims]),
+            ),
+            binary=True,
+        )
+        given: list[list[Task]] = [[] for _ in claims]
+        cut = False
+        for *row, ord_, cut in await cursor.fetchall():  # noqa: B007 - the same in each row
+            given[ord_ - 1].append(tasks.from_row(row))
+        ours = await _ours(locks)
+        keyed = [
+            claim.scope for claim, got in zip(claims, given, strict=True) if not got and claim.key_hash is not None
+        ]
+        guards = await read_guards(connection, [(tenant, scope) for scope in keyed]) if keyed else {}
+        outcomes: list[Guard | Claimed | NotNow] = []
         written: list[tuple[TaskClaim, bytes]] = []
-        outcomes: list[Guard | Claimed | None] = []
-        for place, (claim, tasks) in enumerate(zip(claims, given, strict=True)):
-            answer = claim.respond(tasks)
-            outcomes.append(guards.get(claim.scope) or ((tasks, answer) if place in ours else None))
-            if tasks:
+        for place, (claim, got) in enumerate(zip(claims, given, strict=True)):
+            if got:
+                answer = claim.respond(got)
                 written.append((claim, answer))
+                outcomes.append((got, answer))
+            elif claim.scope in guards:
+                outcomes.append(guards[claim.scope])
+            elif place not in ours:
+                outcomes.append(NotNow.HELD)
+            else:
+                outcomes.append(NotNow.NO_ROOM if cut else ([], b""))
         if written:
-            await _guard(connection, written)
+            await _guard(connection, tenant, written)
         else:
             transaction.force_rollback = True
     return outcomes
 
 
-async def _given(
-    connection: psycopg.AsyncConnection[Any], claims: Sequence[TaskClaim], wait: bool
-) -> tuple[set[int], list[list[Task]]]:
-    """The places of the claims whose scopes are ours until the transaction ends, and the tasks given to each claim."""
-    locks, cursor = AsyncRawCursor(connection), AsyncRawCursor(connection)
-    # The claim takes its snapshot when the scopes are ours: it sees a guard of before, and then claims nothing.
-    await locks.execute(LOCK if wait else TRY_LOCK, (Longs.of([_lock(claim.scope) for claim in claims]),))
-    one = claims[0]
-    await cursor.execute(
-        CLAIM,
-        (
-            one.tenant,
-            one.role,
-            MAX_ANSWER_BYTES,
-            one.method,
-            Blobs.of([claim.scope for claim in claims]),
-            Ints.of([claim.max_tasks for claim in claims]),
-            Texts.of([claim.subject for claim in claims]),
-            Texts.of([claim.acting_role for claim in claims]),
-            Texts.of([claim.on_behalf_of for claim in claims]),
-            Texts.of([claim.trace_id for claim in claims]),
-            Blobs.of([claim.key_hash for claim in claims]),
-            Uuids.of([claim.command_id for claim in claims]),
-        ),
-        binary=True,
-    )
-    given: list[list[Task]] = [[] for _ in claims]
-    for row in await cursor.fetchall():
-        given[row[-1] - 1].append(tasks.from_row(row))
-    [(ours,)] = await locks.fetchall()
-    return {int(ord_) - 1 for ord_ in ours.split(",") if ord_}, given
-
-
-async def _guard(connection: psycopg.AsyncConnection[Any], written: Sequence[tuple[TaskClaim, bytes]]) -> None:
+async def _guard(
+    connection: psycopg.AsyncConnection[Any], tenant: str, written: Sequence[tuple[TaskClaim, bytes]]
+) -> None:
     """Writes the guards with their answers. Any guard it meets has expired: the scopes are ours."""
     await AsyncRawCursor(connection).execute(
         GUARD,
         (
-            written[0][0].tenant,
+            tenant,
             Blobs.of([claim.scope for claim, _ in written]),
             Uuids.of([claim.command_id for claim, _ in written]),
             Blobs.of([claim.fingerprints for claim, _ in written]),
@@ -236,24 +256,35 @@ async def _guard(connection: psycopg.AsyncConnection[Any], written: Sequence[tup
     )
 
 
-async def recorded(connection: psycopg.AsyncConnection[Any], tenant: str, scope: bytes) -> Guard | None:
-    """The scope's guard once no transaction holds the scope any more: after a lost connection, what happened.
+async def recorded(
+    connection: psycopg.AsyncConnection[Any], scopes: Sequence[tuple[str, bytes]]
+) -> list[Guard | NotNow | None]:
+    """After a lost connection, what happened: each (tenant, scope)'s guard if it has one; HELD while it is held.
 
-    The guard is locked, so that this COMMIT waits for a synchronous standby to have it too.
+    The guards are locked, so that this COMMIT waits for a synchronous standby to have them too.
     """
     async with connection.transaction():
-        await lock_scope(connection, scope)
-        await AsyncRawCursor(connection).execute(LOCK_GUARD, (tenant, scope))
-        return (await read_guards(connection, [(tenant, scope)])).get(scope)
+        locks = AsyncRawCursor(connection)
+        await locks.execute(TRY_LOCK, (_locks([scope for _, scope in scopes]),))
+        ours = await _ours(locks)
+        free = [pair for place, pair in enumerate(scopes) if place in ours]
+        guards: dict[bytes, Guard] = {}
+        if free:
+            columns = Texts.of([tenant for tenant, _ in free]), Blobs.of([scope for _, scope in free])
+            await AsyncRawCursor(connection).execute(LOCK_GUARDS, columns)
+            guards = await read_guards(connection, free)
+    return [guards.get(scope) if place in ours else NotNow.HELD for place, (_, scope) in enumerate(scopes)]
 
 
-async def lock_scope(connection: psycopg.AsyncConnection[Any], scope: bytes) -> None:
-    """Holds the scope until the transaction ends; the same lock as the writing statement's."""
-    await AsyncRawCursor(connection).execute("select pg_advisory_xact_lock($1::bigint)", (_lock(scope),))
+async def _ours(locks: AsyncRawCursor[Any]) -> set[int]:
+    """The places of the scopes that LOCK or TRY_LOCK got."""
+    [(ords,)] = await locks.fetchall()
+    return {int(ord_) - 1 for ord_ in ords.split(",") if ord_}
 
 
-def _lock(scope: bytes) -> int:
-    return int.from_bytes(scope[:8], "big", signed=True)
+def _locks(scopes: Sequence[bytes]) -> Array:
+    """The same locks as the writing statement's."""
+    return Longs.of([int.from_bytes(scope[:8], "big", signed=True) for scope in scopes])
 
 
 async def claimable(

@@ -93,6 +93,11 @@ async def insert(connection: psycopg.AsyncConnection[Any], *rows: Session | Task
         await insert_values(connection, row.table, values)
 
 
+async def lock_scope(connection: psycopg.AsyncConnection[Any], scope: bytes) -> None:
+    """Hold a scope as a transaction of another process does, until this one's ends."""
+    await connection.execute("select pg_advisory_xact_lock(%s)", (int.from_bytes(scope[:8], "big", signed=True),))
+
+
 async def insert_values(connection: psycopg.AsyncConnection[Any], table: str, values: dict[str, Any]) -> None:
     """Put one row of any table into the database."""
     names, places = ", ".join(values), ", ".join(f"%({name})s" for name in values)

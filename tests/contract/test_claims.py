@@ -24,7 +24,6 @@ from controller_svc.core.tasks import ClaimTasks, TaskMutations
 from controller_svc.fingerprint import earlier_fingerprint_of
 from controller_svc.idempotency import COMPLETE_GATHER, MAX_ANSWER_BYTES, Idempotency
 from controller_svc.mutation import Door, Lifetimes
-from controller_svc.store.claims import lock_scope
 from controller_svc.store.write import write
 from deploy.local.servers import Postgres
 from idempotency_svc.cache import RedisCache
@@ -36,6 +35,7 @@ from svckit.errors import Aborted, FailedPrecondition, InvalidArgument, ServiceE
 from svckit.interceptors import Admission, Call
 from svckit.options import policies
 from svckit.telemetry import new_trace
+from tests.contract.rows import lock_scope
 from tests.contract.test_door import ACTOR, PRINCIPAL, Client, _client, create_request
 
 pytestmark = pytest.mark.one_redis

@@ -21,7 +21,7 @@ from controller_svc.core.tasks import ClaimTasks, Task, TaskMutations
 from controller_svc.idempotency import Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store import claims as store
-from controller_svc.store.claims import TaskClaim, claim_tasks, lock_scope
+from controller_svc.store.claims import NotNow, TaskClaim, claim_tasks, recorded
 from controller_svc.store.database import Database, OutcomeUnknownError
 from controller_svc.store.read import Guard, read_guards
 from orchestrator.controller.v1 import task_service_pb2
@@ -31,7 +31,7 @@ from svckit.errors import Aborted, InvalidArgument, Unavailable
 from svckit.interceptors import Admission, Call
 from svckit.options import policies
 from svckit.telemetry import new_trace
-from tests.contract.rows import TENANT, insert, new_session, new_task
+from tests.contract.rows import TENANT, insert, lock_scope, new_session, new_task
 from tests.contract.test_door import ACTOR
 
 Connection = psycopg.AsyncConnection[Any]
@@ -51,14 +51,11 @@ def one_claim(max_tasks: int = 1, **changes: Any) -> TaskClaim:
     """A claim with a key, unlike any other."""
     mark = secrets.token_hex(4)
     claim = TaskClaim(
-        tenant=TENANT,
-        role="coder",
         max_tasks=max_tasks,
         subject=f"subject-{mark}",
         acting_role=f"role-{mark}",
         on_behalf_of=f"behalf-{mark}",
         trace_id=f"trace-{mark}",
-        method=METHOD,
         scope=secrets.token_bytes(32),
         fingerprints=secrets.token_bytes(66),
         key_hash=secrets.token_bytes(32),
@@ -71,12 +68,12 @@ def one_claim(max_tasks: int = 1, **changes: Any) -> TaskClaim:
 
 async def take(database: Database, *claims: TaskClaim, wait: bool = False) -> list[Any]:
     async with database.claims.connection() as connection:
-        return list(await claim_tasks(connection, claims, wait=wait))
+        return list(await claim_tasks(connection, TENANT, "coder", METHOD, claims, wait=wait))
 
 
 async def guard_of(database: Database, claim: TaskClaim) -> Guard | None:
     async with database.looking() as connection:
-        return (await read_guards(connection, [(claim.tenant, claim.scope)])).get(claim.scope)
+        return (await read_guards(connection, [(TENANT, claim.scope)])).get(claim.scope)
 
 
 async def count(connection: Connection, what: str) -> int:
@@ -166,10 +163,10 @@ async def test_a_scope_that_is_held_keeps_nobody_waiting(
     held, free = one_claim(2), one_claim(2)
     async with connection.transaction():
         await lock_scope(connection, held.scope)
-        none, (given, _) = await take(database, held, free)
-        assert none is None
+        outcome, (given, _) = await take(database, held, free)
+        assert outcome is NotNow.HELD
         assert [task.id for task in given] == [task.id for task in tasks[:2]]
-        assert await take(database, held) == [None]
+        assert await take(database, held) == [NotNow.HELD]
         with pytest.raises(psycopg.errors.LockNotAvailable):
             await take(database, held, wait=True)
     [(given, _)] = await take(database, held, wait=True)
@@ -184,17 +181,18 @@ async def test_nothing_to_claim_writes_nothing(connection: Connection, database:
     assert await count(connection, "idempotency_guards") == await count(connection, "audit_events") == 0
 
 
-async def test_each_answer_is_cut_by_itself(
+async def test_answers_are_cut_together_and_who_got_nothing_comes_again(
     connection: Connection, database: Database, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a claim gets no room for stays for others, even though another claim could have had it."""
     await fill(connection, session, 9, description="x" * 1000)
-    monkeypatch.setattr(store, "MAX_ANSWER_BYTES", 65536 + 3000)  # the third would begin beyond it
-    outcomes = await take(database, one_claim(4), one_claim(4))
-    assert [len(given) for given, _ in outcomes] == [2, 2]
+    monkeypatch.setattr(store, "MAX_ANSWER_BYTES", 65536 + 7000)  # the fifth would begin beyond it
+    outcomes = await take(database, one_claim(3), one_claim(3), one_claim(3), one_claim(1, key_hash=None))
+    assert [len(given) for given, _ in outcomes[:2]] == [3, 1]
+    assert outcomes[2:] == [NotNow.NO_ROOM] * 2
     monkeypatch.setattr(store, "MAX_ANSWER_BYTES", 10)
-    assert [len(given) for given, _ in await take(database, one_claim(4), one_claim(4))] == [1, 1]
-    assert await count(connection, "tasks where state = 'PENDING'") == 3
+    (given, _), outcome = await take(database, one_claim(4), one_claim(4))
+    assert (len(given), outcome) == (1, NotNow.NO_ROOM)
+    assert await count(connection, "tasks where state = 'PENDING'") == 4
 
 
 class Worker:
@@ -205,8 +203,8 @@ class Worker:
         door = Door(database, Idempotency(None, ttl=86400), lifetimes, lanes=1, near_bytes=1 << 20)
         self.claims = Claims(database, door, TaskMutations())
         self.transactions: list[list[TaskClaim]] = []
-        self.company: list[Exception] = []
-        """Raised instead of the next transactions that wait for nothing."""
+        self.company: Exception | None = None
+        """Raised instead of every transaction of more than one claim."""
         self.always: Exception | None = None
         """Raised instead of every transaction."""
         self.after: list[Exception] = []
@@ -217,15 +215,17 @@ class Worker:
         """By role: for what its claims wait."""
         monkeypatch.setattr(module, "claim_tasks", self._claim_tasks)
 
-    async def _claim_tasks(self, connection: Any, claims: Sequence[TaskClaim], *, wait: bool) -> Any:
+    async def _claim_tasks(
+        self, connection: Any, tenant: str, role: str, method: str, claims: Sequence[TaskClaim], *, wait: bool
+    ) -> Any:
         self.transactions.append(list(claims))
-        if claims[0].role in self.held:
-            await self.held[claims[0].role].wait()
-        if self.company and not wait:
-            raise self.company.pop()
+        if role in self.held:
+            await self.held[role].wait()
+        if len(claims) > 1 and self.company is not None:
+            raise self.company
         if self.always:
             raise self.always
-        outcomes = await claim_tasks(connection, claims, wait=wait)
+        outcomes = await claim_tasks(connection, tenant, role, method, claims, wait=wait)
         connection.warned, self.warned = self.warned, False
         if self.after:
             raise self.after.pop()
@@ -301,7 +301,7 @@ async def test_the_fault_of_one_is_not_its_companys(
     error: Exception, connection: Connection, worker: Worker, session: Session
 ) -> None:
     tasks = await fill(connection, session, 10)
-    worker.company = [error] * 10
+    worker.company = error
     answers = await asyncio.gather(*(worker.claim() for _ in range(10)))
     assert sorted(id_ for ids in answers for id_ in ids) == sorted(str(task.id) for task in tasks)
     assert worker.sizes[-10:] == [1] * 10
@@ -315,7 +315,7 @@ async def test_whose_own_fault_it_is_is_told(connection: Connection, worker: Wor
     worker.always = RuntimeError("a defect")
     with pytest.raises(RuntimeError, match="a defect"):
         await worker.claim()
-    assert worker.sizes == [1] * 4, "each once more alone"
+    assert worker.sizes == [1] * 4, "each once more by itself"
 
 
 @pytest.mark.parametrize("cause", [psycopg.OperationalError("lost"), OutcomeUnknownError("lost"), None])
@@ -364,6 +364,70 @@ async def test_no_role_keeps_another_waiting(
     assert len(worker.claims._lines) <= 3
     worker.held["slow"].set()
     assert [len(await call) for call in slow] == [1, 1]
+
+
+async def test_who_got_no_room_is_given_the_rest(
+    connection: Connection, worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is told that there are no tasks while there are."""
+    monkeypatch.setattr(store, "MAX_ANSWER_BYTES", 65536 + 3000)
+    tasks = await fill(connection, session, 9, description="x" * 1000)
+    answers = await asyncio.gather(worker.claim(max_tasks=9), *(worker.claim() for _ in range(7)))
+    assert [len(ids) for ids in answers] == [2] + [1] * 7
+    assert sorted(id_ for ids in answers for id_ in ids) == sorted(str(task.id) for task in tasks)
+
+
+async def test_many_in_doubt_are_settled_together(
+    connection: Connection, database: Database, worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the lost backend holds their scopes, they use one connection and keep no other role waiting."""
+    await fill(connection, session, 20)
+    await fill(connection, session, 5, target_role="other")
+    worker.after = [psycopg.OperationalError("lost")] * 2
+    settled: list[int] = []
+
+    async def held_at_first(connection: Any, scopes: Any) -> Any:
+        settled.append(len(scopes))
+        return [NotNow.HELD] * len(scopes) if len(settled) < 3 else await recorded(connection, scopes)
+
+    monkeypatch.setattr(module, "recorded", held_at_first)
+    claims = [asyncio.create_task(worker.claim(f"key-{n}")) for n in range(20)]
+    while not settled:
+        await asyncio.sleep(0.01)
+    worker.after.clear()
+    for _ in range(5):
+        assert len(await worker.claim(role="other")) == 1
+    assert len({id_ for call in claims for id_ in await call}) == 20
+    assert len(settled) < 10
+    assert sum(worker.sizes) == 25
+
+
+async def test_what_is_recorded(connection: Connection, database: Database, session: Session) -> None:
+    await fill(connection, session, 1)
+    made, unmade, held = one_claim(), one_claim(), one_claim()
+    [(_, answer)] = await take(database, made)
+    async with connection.transaction(), database.claims.connection() as other:
+        await lock_scope(connection, held.scope)
+        guard, *rest = await recorded(other, [(TENANT, claim.scope) for claim in (made, held, unmade)])
+        assert isinstance(guard, Guard)
+        assert (guard.command_id, guard.answer) == (made.command_id, answer)
+        assert rest == [NotNow.HELD, None]
+        assert await recorded(other, [("other", made.scope)]) == [None]
+
+
+async def test_who_is_late_by_its_turn_claims_nothing(connection: Connection, worker: Worker, session: Session) -> None:
+    await fill(connection, session, 3)
+    worker.held["coder"] = asyncio.Event()
+    first = asyncio.create_task(worker.claim())
+    while not worker.transactions:
+        await asyncio.sleep(0.01)
+    late, in_time = asyncio.create_task(worker.claim("late", seconds=0.3)), asyncio.create_task(worker.claim())
+    await asyncio.sleep(0.4)
+    worker.held["coder"].set()
+    with pytest.raises(Aborted, match="RESOURCE_BUSY"):
+        await late
+    assert [len(ids) for ids in (await first, await in_time)] == [1, 1]
+    assert await count(connection, "audit_events") == 2
 
 
 async def test_without_a_connection_nothing_was_sent(

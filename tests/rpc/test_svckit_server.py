@@ -28,6 +28,7 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from deploy.local.processes import free_port
 from svckit.auth import ServiceProfile, TokenSigner, TokenVerifier
 from svckit.client import ClientTls, open_channel
 from svckit.config import ServiceSettings
@@ -486,12 +487,6 @@ async def test_calls_over_the_grace_are_cut(issuer: FakeIssuer) -> None:
 
 
 # --- as a program -----------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 class Program:
