@@ -49,9 +49,9 @@ _EXTEND = """
 """
 HEARTBEAT = f"""
 update tasks t set {_EXTEND}, progress = coalesce(%(progress)s, t.progress)
-where tenant = %(tenant)s and id = %(id)s and lease_id = %(lease_id)s and lease_holder = %(subject)s
-  and state = 'RUNNING' and lease_expire_time > clock_timestamp()
-returning lease_expire_time
+where t.tenant = %(tenant)s and t.id = %(id)s and t.lease_id = %(lease_id)s and t.lease_holder = %(subject)s
+  and t.state = 'RUNNING' and t.lease_expire_time > clock_timestamp()
+returning t.lease_expire_time
 """
 
 # Rows are locked in the order of their keys, and passed over when they are locked by others.

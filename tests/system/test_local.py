@@ -62,6 +62,14 @@ class Up:
         return all(port_is_free(number) for number in self.ports.values())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def listening() -> Iterator[None]:
+    """What is started listens to Ctrl-C, even if this run is in the background and does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """One that is up."""
