@@ -87,7 +87,7 @@ class Database:
         self._asks: Groups[_Ask] = Groups("read", self._read, _Ask.failed, lanes=2)
         self.groups = self._pool("groups", lanes + 1)
         self._looks = self._pool("looks", 2)
-        self._beats = self._pool("beats", 2, lock_timeout=LOCK_MILLISECONDS)
+        self._beats = self._pool("beats", 3, lock_timeout=LOCK_MILLISECONDS)
         self.alone = self._pool("alone", 4, lock_timeout=LOCK_MILLISECONDS)
         self.claims = self._pool("claims", 4, lock_timeout=LOCK_MILLISECONDS)
 

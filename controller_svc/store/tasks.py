@@ -99,6 +99,8 @@ union all
 """
 ROUND_PAGE = 1000
 
+BEATS_ALONE = 2
+"""Heartbeats at a time that wait for a row; the pool has one more connection, for the groups, which wait for none."""
 ABOVE_ALL_IDS = UUID(int=2**128 - 1)
 _START: tuple[str, UUID, UUID] = ("", UUID(int=0), UUID(int=0))
 _STATES = {str(state): state for state in TaskState}
@@ -149,6 +151,7 @@ class Tasks:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._beats: Groups[_Beat] = Groups("beat", self._beat_together, _Beat.pass_over)
+        self._alone = asyncio.Semaphore(BEATS_ALONE)
         self._round = _START
 
     async def get(self, tenant: str, task_id: UUID) -> Task | None:
@@ -229,7 +232,7 @@ class Tasks:
         key = {"tenant": tenant, "id": task_id}
         beat = {"lease_id": lease_id, "subject": subject, "progress": None if progress is None else Jsonb(progress)}
         while True:
-            async with self._database.beating() as connection:
+            async with self._alone, self._database.beating() as connection:
                 row = await (await connection.cursor(binary=True).execute(HEARTBEAT, key | beat)).fetchone()
             if row is not None:
                 return HeartbeatResult(lease_expire_time=row[0], cancelled=False)

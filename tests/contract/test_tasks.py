@@ -409,6 +409,20 @@ async def test_heartbeats_at_the_same_time_share_a_statement(
     assert ends == sorted(set(ends))
 
 
+async def test_a_held_row_delays_no_other_heartbeats(connection: Connection, tasks: Tasks, session: Session) -> None:
+    held, free = running(session), running(session)
+    await insert(connection, held, free)
+    async with connection.transaction():
+        await connection.execute("select from tasks where id = %s for no key update", (held.id,))
+        waiting = [asyncio.create_task(heartbeat(tasks, held)) for _ in range(12)]
+        while not tasks._alone.locked():
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await heartbeat(tasks, free)
+        assert not all(beat.done() for beat in waiting)
+        assert {type(error) for error in await asyncio.gather(*waiting, return_exceptions=True)} == {Aborted}
+
+
 async def test_heartbeats_that_fail_together_are_tried_alone(
     connection: Connection, tasks: Tasks, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
