@@ -349,8 +349,8 @@ async def test_an_owner_that_stands_still(
         key = f"k{number}"
         for _ in range(8):  # where replays are frequent, a call waits for its claim
             assert (await agents[1].ask(create("first"), key="first")).said == first_answer.said
-        # Late enough for its claim to be known; a lease is two seconds longer than what its caller has left.
-        failpoints.arm("before-write", "stop", seconds=0.1)
+        # Late enough for it to be announced; a lease is two seconds longer than what its caller has left.
+        failpoints.arm("before-write", "stop", seconds=0.3)
         timeout = 0.5 if ended_by == "its time" else 30
         stopped = asyncio.create_task(agents[0].ask(create(key), key=key, timeout=timeout))
         try:
