@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import psycopg
 import structlog
 from psycopg_pool import PoolTimeout
 
@@ -21,27 +20,27 @@ from controller_svc.mutation import (
     MARGIN,
     RESEND_PAUSE,
     RESEND_SECONDS,
-    WATCHDOG_SECONDS,
     Answer,
     Attempt,
 )
 from controller_svc.store.claims import NotNow, TaskClaim, claim_tasks, claimable, recorded
 from controller_svc.store.database import (
-    OutcomeUnknownError,
+    FAILURES,
     confirmed,
     is_collision,
     is_lock_timeout,
+    is_unknown,
     refusal,
     resource_busy,
     unavailable,
 )
 from controller_svc.store.read import Guard
 from svckit.errors import Aborted, ServiceError
-from svckit.groups import Groups
+from svckit.groups import Asked, Groups
 from svckit.telemetry import current_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine
     from uuid import UUID
 
     from controller_svc.core.mutations import Row
@@ -61,9 +60,8 @@ ALONE = 2
 """Claims on their way that wait for a lock; the pool has connections for others besides."""
 MOST_TASKS = 256
 """What the claims of one transaction may ask for together, unless one of them asks for more."""
-
-_OF_POSTGRES = (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError)
-"""What a transaction may raise without a defect of ours."""
+CONNECTION_SECONDS = 1.0
+"""For which a transaction waits for a connection, before each of its claims looks whether it can wait on."""
 
 
 class NothingToClaimError(Exception):
@@ -251,15 +249,17 @@ class Claims:
                 if is_lock_timeout(error) or is_collision(error):
                     # Tasks that are locked are skipped: who waits, waits for its key's own lock.
                     attempt.key_busy = attempt.key_busy or (waits and attempt.key_hash is not None)
-                elif ask.sent and isinstance(error, (psycopg.OperationalError, OutcomeUnknownError)):
+                elif isinstance(error, PoolTimeout):
+                    if attempt.remaining > CONNECTION_SECONDS:
+                        continue
+                    raise in_progress() if attempt.key_busy else refusal(error) from error
+                elif ask.sent and is_unknown(error):
                     guard = await self._settled(attempt)
                     if guard is not None:
                         return self._door.replay(attempt, guard)
                     await asyncio.sleep(RESEND_PAUSE)
-                elif isinstance(error, PoolTimeout) and attempt.key_busy:
-                    raise in_progress() from None
                 elif single or waits or not ask.sent:
-                    if isinstance(error, _OF_POSTGRES):
+                    if isinstance(error, FAILURES):
                         raise refusal(error) from error
                     raise
                 single = True  # it may have been another's fault
@@ -279,7 +279,7 @@ class Claims:
     async def _line_up(self, ask: _Ask, role: str) -> Guard | Claimed | NotNow | None:
         """The claim's outcome in the next transaction of its role."""
         self._line(ask.attempt.tenant, role).put(ask)
-        return await ask.outcome
+        return await ask.answer
 
     async def _wait_for_scope(self, ask: _Ask, role: str) -> Guard | Claimed | NotNow | None:
         """The claim's outcome in a transaction of its own, which waits for who holds the scope."""
@@ -292,7 +292,7 @@ class Claims:
             await self._take(ask.attempt.tenant, role, [ask], wait=True)
         finally:
             self._alone.release()
-        return await ask.outcome
+        return await ask.answer
 
     def _line(self, tenant: str, role: str) -> Groups[_Ask]:
         """Where the role's claims form groups: one on its way at a time."""
@@ -304,15 +304,18 @@ class Claims:
         return line
 
     async def _in_group(self, tenant: str, role: str, group: list[_Ask]) -> None:
-        for asks in _transactions(group):
-            await self._take(tenant, role, asks, wait=False)
+        """Makes a group's claims, in some transactions: who found no room in one is first in the next."""
+        while group:
+            count = _together(group)
+            await self._take(tenant, role, group[:count], wait=False)
+            group = [ask for ask in group if not ask.answer.done()]
 
     async def _take(self, tenant: str, role: str, asks: list[_Ask], *, wait: bool) -> None:
-        """Makes the claims of one transaction, and leaves each its outcome or the error."""
+        """Makes the claims of one transaction; answers each but those that found no room."""
         try:
             if asks := _wanted(asks):
                 longest = max(ask.attempt.remaining for ask in asks)
-                async with self._database.claims.connection(longest) as connection:
+                async with self._database.claims.connection(min(longest, CONNECTION_SECONDS)) as connection:
                     if asks := _wanted(asks):
                         await self._send(connection, tenant, role, asks, wait)
         except Exception as error:
@@ -325,11 +328,12 @@ class Claims:
         for ask in asks:
             ask.sent = True
             ask.attempt.timeline = connection.timeline
-        with confirmed(connection, WATCHDOG_SECONDS):
+        with confirmed(connection):
             claims = [ask.claim for ask in asks]
             outcomes = await claim_tasks(connection, tenant, role, asks[0].attempt.method, claims, wait=wait)
         for ask, outcome in zip(asks, outcomes, strict=True):
-            ask.outcome.set_result(outcome)
+            if outcome is not NotNow.NO_ROOM:
+                ask.give(outcome)
 
     async def _settled(self, attempt: Attempt) -> Guard | None:
         """After a lost connection: the guard if the claim was committed, None if it was not.
@@ -342,16 +346,11 @@ class Claims:
         while True:
             doubt = _Doubt(attempt)
             self._doubts.put(doubt)
-            try:
-                found = await doubt.found
-            except Exception as error:
-                if not isinstance(error, _OF_POSTGRES):
-                    raise
-            else:
-                if not isinstance(found, NotNow):
-                    return found
+            found = await doubt.answer
+            if not isinstance(found, NotNow):
+                return found
             if loop.time() > until:
-                raise self._door.leave_open(attempt) from None
+                raise self._door.leave_open(attempt)
             await asyncio.sleep(RESEND_PAUSE)
 
     async def _settle(self, doubts: list[_Doubt]) -> None:
@@ -359,12 +358,12 @@ class Claims:
         scopes = [(doubt.attempt.tenant, doubt.attempt.scope) for doubt in doubts]
         try:
             async with self._database.claims.connection() as connection:
-                with confirmed(connection, WATCHDOG_SECONDS):
+                with confirmed(connection):
                     found = await recorded(connection, scopes)
                 for doubt, guard in zip(doubts, found, strict=True):
                     doubt.attempt.timeline = connection.timeline
-                    doubt.found.set_result(guard)
-        except _OF_POSTGRES as error:
+                    doubt.give(guard)
+        except FAILURES as error:
             for doubt in doubts:
                 doubt.fail(error)
 
@@ -385,37 +384,26 @@ class Claims:
 
 
 @dataclass(slots=True, eq=False)
-class _Ask:
-    """A claim on its way to Postgres."""
+class _Ask(Asked["Guard | Claimed | NotNow | None"]):
+    """A claim on its way to Postgres. None: its time was over before it was sent."""
 
     attempt: Attempt
     claim: TaskClaim
     single: bool
     """It shares its transaction with none."""
-    outcome: asyncio.Future[Guard | Claimed | NotNow | None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-    """None: its time was over before it was sent."""
     sent: bool = False
     """Postgres may have seen it."""
 
-    def fail(self, error: Exception) -> None:
-        if not self.outcome.done():
-            self.outcome.set_exception(error)
-
 
 @dataclass(slots=True, eq=False)
-class _Doubt:
+class _Doubt(Asked["Guard | NotNow | None"]):
     """A claim of which nobody knows yet whether it was made."""
 
     attempt: Attempt
-    found: asyncio.Future[Guard | NotNow | None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
 
     def fail(self, error: Exception) -> None:
-        if not self.found.done():
-            self.found.set_exception(error)
+        """Whatever the look failed with, it has found nothing out: the claim must not count as unmade."""
+        self.give(NotNow.HELD)
 
 
 def _wanted(asks: list[_Ask]) -> list[_Ask]:
@@ -423,19 +411,16 @@ def _wanted(asks: list[_Ask]) -> list[_Ask]:
     for ask in asks:
         if ask.attempt.result.cancelled() and ask.attempt.key_hash is None:
             ask.fail(NothingToClaimError())
-        elif ask.attempt.remaining < MARGIN and not ask.outcome.done():
-            ask.outcome.set_result(None)
-    return [ask for ask in asks if not ask.outcome.done()]
+        elif ask.attempt.remaining < MARGIN:
+            ask.give(None)
+    return [ask for ask in asks if not ask.answer.done()]
 
 
-def _transactions(group: list[_Ask]) -> Iterator[list[_Ask]]:
-    """The asks in order, as long as they want no more than MOST_TASKS together."""
-    asks: list[_Ask] = []
+def _together(group: list[_Ask]) -> int:
+    """How many of the group, from the first one, may share a transaction: at least one, and no more than MOST_TASKS."""
     wanted = 0
-    for ask in group:
+    for count, ask in enumerate(group):
         wanted += ask.claim.max_tasks
-        if asks and (ask.single or asks[0].single or wanted > MOST_TASKS):
-            yield asks
-            asks, wanted = [], ask.claim.max_tasks
-        asks.append(ask)
-    yield asks
+        if count and (ask.single or group[0].single or wanted > MOST_TASKS):
+            return count
+    return len(group)

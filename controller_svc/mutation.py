@@ -18,7 +18,7 @@ from uuid import UUID
 import psycopg
 import structlog
 from prometheus_client import Counter
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import AsyncConnectionPool
 
 from controller_svc.core.ids import new_command_id
 from controller_svc.fingerprint import NO_STRUCTS, PACKED, earlier_fingerprint_of, fingerprints_of, same_request
@@ -26,7 +26,8 @@ from controller_svc.first_sent import FIRST_SENT_HEADER, first_sent, key_expired
 from controller_svc.idempotency import KEY_HEADER, LONGEST_LEASE, idempotency_key, in_progress, scope_of
 from controller_svc.replays import Replays
 from controller_svc.store.database import (
-    STATEMENT_SECONDS,
+    FAILURES,
+    WATCHDOG_SECONDS,
     OutcomeUnknownError,
     confirmed,
     is_bad_data,
@@ -67,7 +68,6 @@ LONGEST_ATTEMPT = 60.0
 """Seconds within which every attempt has ended: a call's 30 s, and what an unknown outcome may take to settle."""
 KEYLESS_LIFE = timedelta(seconds=2 * LONGEST_ATTEMPT)
 """The guard of a call without a key serves only to settle an unknown outcome."""
-WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
 STALE_SECONDS = 0.5
 """For which a group that has sent nothing yet tries further connections of the pool."""
 RESEND_SECONDS = 5.0
@@ -627,7 +627,7 @@ class Door:
                     if not decided:
                         return
                     outcomes = await self._send(connection, decided, wait)
-            except (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError) as error:
+            except FAILURES as error:
                 if decided is not None:
                     await self._mend(decided, error, wait, until=self._loop.time() + RESEND_SECONDS)
                     return
@@ -723,7 +723,7 @@ class Door:
     async def _send(self, connection: Connection, decided: Sequence[Decided], wait: bool) -> list[Outcome]:
         for attempt, _ in decided:
             attempt.timeline = connection.timeline
-        with confirmed(connection, WATCHDOG_SECONDS):
+        with confirmed(connection):
             outcomes, now = await write(connection, [write for _, write in decided], wait=wait)
         self._database.learn(now)
         return outcomes
@@ -833,7 +833,7 @@ class Door:
         try:
             async with self._pool(wait).connection() as connection:
                 outcomes = await self._send(connection, decided, wait)
-        except (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError) as error:
+        except FAILURES as error:
             await self._mend(decided, error, wait, until=until, collided=collided)
         else:
             await self._settle_all(decided, outcomes, wait, unknown_until=until if unknown else None)

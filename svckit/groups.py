@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 EARLY_GROUPS = 10
 """How many groups may start early between two that wait in full."""
@@ -29,6 +31,23 @@ GROUP_SIZE = Histogram(
     ["queue"],
     buckets=(1, 2, 4, 8, 16, 32, 64, 128),
 )
+
+
+@dataclass(slots=True, eq=False)
+class Asked(Generic[R]):
+    """An item whose caller waits for its answer. Who has left, or was answered, is answered no more."""
+
+    answer: asyncio.Future[R] = field(init=False, default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def give(self, answer: R) -> None:
+        """Answers the caller."""
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+    def fail(self, error: Exception) -> None:
+        """Raises the error at the caller's."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class Groups(Generic[T]):

@@ -164,7 +164,7 @@ Claimed = tuple[list["Task"], bytes]
 
 
 class NotNow(Enum):
-    """Why nothing is known of a scope yet, or of what its claim might get."""
+    """Why nothing is known yet of a scope, or of what its claim might get."""
 
     HELD = "held"
     """Another transaction holds the scope."""
@@ -188,7 +188,8 @@ async def claim_tasks(
     With `wait`, scopes that others hold are waited for. Raises psycopg.Error; when the connection is lost, `recorded`
     tells afterwards what happened.
     """
-    async with connection.pipeline(), connection.transaction() as transaction:
+    # Without tasks it commits nothing, and rolls nothing back: psycopg would forget what it has prepared.
+    async with connection.pipeline(), connection.transaction():
         locks, cursor = AsyncRawCursor(connection), AsyncRawCursor(connection)
         # The claim takes its snapshot when the scopes are ours: it sees a guard of before, and then claims nothing.
         await locks.execute(LOCK if wait else TRY_LOCK, (_locks([claim.scope for claim in claims]),))
@@ -234,8 +235,6 @@ async def claim_tasks(
                 outcomes.append(NotNow.NO_ROOM if cut else ([], b""))
         if written:
             await _guard(connection, tenant, written)
-        else:
-            transaction.force_rollback = True
     return outcomes
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from controller_svc.store import arrays
 from controller_svc.store.migrate import MigrationError, migrate
 from controller_svc.store.read import read_rows
 from svckit.errors import Aborted, InvalidArgument, ResourceExhausted, ServiceError, Unavailable
-from svckit.groups import Groups
+from svckit.groups import Asked, Groups
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -33,6 +33,8 @@ log = structlog.get_logger(__name__)
 PING_SECONDS = 0.5
 CONNECT_SECONDS = 2
 STATEMENT_SECONDS = 4
+WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
+"""After which a connection in use is cut: `statement_timeout` ends no COMMIT, and no wait for a server that is gone."""
 LOCK_MILLISECONDS = 250
 """How long a statement that may wait (a command alone, a claim) waits for one lock."""
 
@@ -70,9 +72,9 @@ class Connection(psycopg.AsyncConnection[Any]):
 class Database:
     """The pools of one process, opened and kept by a task of its own.
 
-    `reading()`, `looking()` and `beating()` are for reads and heartbeats, `groups` for writes in groups (`lanes`, and
-    one connection to send a statement again), `alone` for commands that wait for locks, `claims` for claims of tasks.
-    None can starve another.
+    `reading()` and `looking()` are for reads, `beating()` and `beating_alone()` for heartbeats, `groups` for writes in
+    groups (`lanes`, and one connection to send a statement again), `alone` for commands that wait for locks, `claims`
+    for claims of tasks. None can starve another.
     """
 
     def __init__(self, url: str, *, lanes: int, on_change: Callable[[bool], None] = lambda up: None) -> None:
@@ -84,10 +86,11 @@ class Database:
         self._offset: float | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._reads = self._pool("reads", 4)
-        self._asks: Groups[_Ask] = Groups("read", self._read, _Ask.failed, lanes=2)
+        self._asks: Groups[_Ask] = Groups("read", self._read, _Ask.fail, lanes=2)
         self.groups = self._pool("groups", lanes + 1)
         self._looks = self._pool("looks", 2)
-        self._beats = self._pool("beats", 3, lock_timeout=LOCK_MILLISECONDS)
+        self._beats = self._pool("beats", 1)
+        self._beats_alone = self._pool("beats alone", 2, lock_timeout=LOCK_MILLISECONDS)
         self.alone = self._pool("alone", 4, lock_timeout=LOCK_MILLISECONDS)
         self.claims = self._pool("claims", 4, lock_timeout=LOCK_MILLISECONDS)
 
@@ -108,7 +111,15 @@ class Database:
             await pool.close(timeout=2)
 
     def _pools(self) -> tuple[AsyncConnectionPool[Connection], ...]:
-        return (self._reads, self._looks, self._beats, self.groups, self.alone, self.claims)
+        return (
+            self._reads,
+            self._looks,
+            self._beats,
+            self._beats_alone,
+            self.groups,
+            self.alone,
+            self.claims,
+        )
 
     @property
     def ready(self) -> bool:
@@ -148,8 +159,14 @@ class Database:
 
     @asynccontextmanager
     async def beating(self) -> AsyncIterator[Connection]:
-        """As `reading`, for heartbeats, which wait for a row's lock a moment: Aborted RESOURCE_BUSY after it."""
+        """As `reading`, for heartbeats together, which wait for no lock."""
         async with self._using(self._beats) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def beating_alone(self) -> AsyncIterator[Connection]:
+        """As `reading`, for a heartbeat that waits for its row a moment: Aborted RESOURCE_BUSY after it."""
+        async with self._using(self._beats_alone) as connection:
             yield connection
 
     @asynccontextmanager
@@ -158,7 +175,8 @@ class Database:
             raise unavailable()
         try:
             async with pool.connection() as connection:
-                yield connection
+                with _watched(connection):
+                    yield connection
         except (psycopg.Error, PoolTimeout, TooManyRequests) as error:
             raise refusal(error) from error
 
@@ -175,8 +193,7 @@ class Database:
         async with self.reading() as connection:
             found = await read_rows(connection, {ask.key for ask in asks})
         for ask in asks:
-            if not ask.answer.done():
-                ask.answer.set_result(found[ask.key])
+            ask.give(found[ask.key])
 
     async def _keep(self) -> None:
         """Connects, migrates, and asks for the time twice a second; tells what changes."""
@@ -276,15 +293,10 @@ async def timeline_of(connection: psycopg.AsyncConnection[Any]) -> int:
 
 
 @dataclass(slots=True, eq=False)
-class _Ask:
+class _Ask(Asked[Any]):
     """A caller that waits for a row."""
 
     key: Key
-    answer: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-    def failed(self, error: Exception) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
 
 
 def unavailable() -> Unavailable:
@@ -292,6 +304,10 @@ def unavailable() -> Unavailable:
     return Unavailable(
         "DATABASE_UNAVAILABLE", "The database is not reachable. Nothing was written; retry.", retry_after=1.0
     )
+
+
+FAILURES = (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError)
+"""What a write may fail with that is no defect of ours; the last two are the driver's, for a value it cannot send."""
 
 
 def is_bad_data(error: BaseException) -> bool:
@@ -347,18 +363,27 @@ def resource_busy() -> Aborted:
 
 
 @contextmanager
-def confirmed(connection: Connection, seconds: float) -> Iterator[None]:
-    """Around a write: its outcome counts only if Postgres confirmed it, within `seconds`.
+def confirmed(connection: Connection) -> Iterator[None]:
+    """Around a write: its outcome counts only if Postgres confirmed it, within WATCHDOG_SECONDS.
 
-    A watchdog cuts the socket instead of cancelling the statement: cancelled in COMMIT, Postgres reports success for
-    what no standby has; when somebody else cancels it, only a warning says so. Raises OutcomeUnknownError.
+    When somebody else cancels a COMMIT, only a warning says so. Raises OutcomeUnknownError.
     """
     connection.warned = False
-    watchdog = asyncio.get_running_loop().call_later(seconds, connection.cut)
+    with _watched(connection):
+        yield
+    if connection.warned:
+        connection.pgconn.finish()
+        raise OutcomeUnknownError("a warning came with the commit")
+
+
+@contextmanager
+def _watched(connection: Connection) -> Iterator[None]:
+    """Cuts the socket after WATCHDOG_SECONDS, instead of cancelling the statement.
+
+    Cancelled in COMMIT, Postgres reports success for what no standby has.
+    """
+    watchdog = asyncio.get_running_loop().call_later(WATCHDOG_SECONDS, connection.cut)
     try:
         yield
     finally:
         watchdog.cancel()
-    if connection.warned:
-        connection.pgconn.finish()
-        raise OutcomeUnknownError("a warning came with the commit")

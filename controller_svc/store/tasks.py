@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -14,7 +13,8 @@ from psycopg.types.json import Jsonb
 from controller_svc.core.mutations import Key
 from controller_svc.core.tasks import HeartbeatResult, Task, TaskError, TaskState, lease_refusal
 from controller_svc.store.arrays import Jsons, Texts, Uuids
-from svckit.groups import Groups
+from svckit.errors import ResourceExhausted, Unavailable
+from svckit.groups import Asked, Groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -99,8 +99,6 @@ union all
 """
 ROUND_PAGE = 1000
 
-BEATS_ALONE = 2
-"""Heartbeats at a time that wait for a row; the pool has one more connection, for the groups, which wait for none."""
 ABOVE_ALL_IDS = UUID(int=2**128 - 1)
 _START: tuple[str, UUID, UUID] = ("", UUID(int=0), UUID(int=0))
 _STATES = {str(state): state for state in TaskState}
@@ -150,8 +148,7 @@ class Tasks:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._beats: Groups[_Beat] = Groups("beat", self._beat_together, _Beat.pass_over)
-        self._alone = asyncio.Semaphore(BEATS_ALONE)
+        self._beats: Groups[_Beat] = Groups("beat", self._beat_together, _Beat.fail)
         self._round = _START
 
     async def get(self, tenant: str, task_id: UUID) -> Task | None:
@@ -226,30 +223,40 @@ class Tasks:
         """
         together = _Beat(tenant, task_id, lease_id, subject, progress)
         self._beats.put(together)
-        extended = await together.lease_expire_time
-        if extended is not None:
-            return HeartbeatResult(lease_expire_time=extended, cancelled=False)
-        key = {"tenant": tenant, "id": task_id}
-        beat = {"lease_id": lease_id, "subject": subject, "progress": None if progress is None else Jsonb(progress)}
-        while True:
-            async with self._alone, self._database.beating() as connection:
-                row = await (await connection.cursor(binary=True).execute(HEARTBEAT, key | beat)).fetchone()
-            if row is not None:
-                return HeartbeatResult(lease_expire_time=row[0], cancelled=False)
-            rows = await self._fetch(GET_AND_NOW, key)
+        extended = await together.answer
+        while extended is None:
+            # Refused, or passed over: whose end is certain waits for nobody.
+            rows = await self._fetch(GET_AND_NOW, {"tenant": tenant, "id": task_id})
             task, now = (from_row(rows[0]), rows[0][-1]) if rows else (None, self._database.now())
             refusal = lease_refusal(task, task_id, lease_id, subject, now)
-            if refusal is None:
-                continue  # another heartbeat extended the lease in between
-            if refusal.reason == "TASK_CANCELLED":
+            if refusal is not None and refusal.reason == "TASK_CANCELLED":
                 return HeartbeatResult(lease_expire_time=None, cancelled=True)
-            raise refusal
+            if refusal is not None:
+                raise refusal
+            extended = await self._beat_alone(together)
+        return HeartbeatResult(lease_expire_time=extended, cancelled=False)
 
-    async def _beat_together(self, beats: Sequence[_Beat]) -> None:
+    async def _beat_alone(self, beat: _Beat) -> datetime | None:
+        """The lease's new end, once nobody else is changing its row; None if it is not held."""
+        values = {
+            "tenant": beat.tenant,
+            "id": beat.task_id,
+            "lease_id": beat.lease_id,
+            "subject": beat.subject,
+            "progress": None if beat.progress is None else Jsonb(beat.progress),
+        }
+        async with self._database.beating_alone() as connection:
+            row = await (await connection.cursor(binary=True).execute(HEARTBEAT, values)).fetchone()
+        return row[0] if row else None
+
+    async def _beat_together(self, group: Sequence[_Beat]) -> None:
         """Extends the leases that are held and that nobody else is changing; the others are passed over.
 
         So is the second of two heartbeats of one lease.
         """
+        beats = [beat for beat in group if not beat.answer.done()]  # whose callers have not left
+        if not beats:
+            return
         arrays = (
             Texts.of([beat.tenant for beat in beats]),
             Uuids.of([beat.task_id for beat in beats]),
@@ -261,9 +268,9 @@ class Tasks:
             cursor = AsyncRawCursor(connection)
             await cursor.execute(HEARTBEATS, arrays, binary=True)
             for ord_, lease_expire_time in await cursor.fetchall():
-                beats[ord_ - 1].extend(lease_expire_time)
+                beats[ord_ - 1].give(lease_expire_time)
         for beat in beats:
-            beat.pass_over()
+            beat.give(None)
 
     async def _next_of_round(self, limit: int) -> Sequence[Key]:
         tenant, session_id, id_ = self._round
@@ -284,26 +291,21 @@ class Tasks:
 
 
 @dataclass(slots=True, eq=False)
-class _Beat:
-    """A heartbeat that waits for company."""
+class _Beat(Asked["datetime | None"]):
+    """A heartbeat that waits for its lease's new end; None: it was passed over."""
 
     tenant: str
     task_id: UUID
     lease_id: UUID
     subject: str
     progress: dict[str, Any] | None
-    lease_expire_time: asyncio.Future[datetime | None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-    """None: it was passed over, and has to go alone."""
 
-    def extend(self, lease_expire_time: datetime) -> None:
-        if not self.lease_expire_time.done():
-            self.lease_expire_time.set_result(lease_expire_time)
-
-    def pass_over(self, _error: Exception | None = None) -> None:
-        if not self.lease_expire_time.done():
-            self.lease_expire_time.set_result(None)
+    def fail(self, error: Exception) -> None:
+        """Tells that Postgres is away or busy. Anything else may be another's fault: it is passed over."""
+        if isinstance(error, (Unavailable, ResourceExhausted)):
+            Asked.fail(self, error)  # super() knows not the class that slots=True makes anew
+        else:
+            self.give(None)
 
 
 def _filter(values: Mapping[str, object]) -> str:

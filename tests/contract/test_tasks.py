@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import os
+import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -17,8 +18,9 @@ from psycopg.types.json import Jsonb
 from controller_svc.core.mutations import Key
 from controller_svc.core.sessions import ENDED, Session, SessionState
 from controller_svc.core.tasks import UNFINISHED, HeartbeatResult, Task, TaskError, TaskState
+from controller_svc.store import database as module
 from controller_svc.store import tasks as store
-from svckit.errors import Aborted, FailedPrecondition, NotFound, PermissionDenied
+from svckit.errors import Aborted, FailedPrecondition, NotFound, PermissionDenied, Unavailable
 from tests.contract.rows import NOW, TENANT, insert, new_session, new_task
 
 if TYPE_CHECKING:
@@ -384,21 +386,26 @@ async def test_heartbeats_at_the_same_time_share_a_statement(
     leases = [timedelta(seconds=10 + n) for n in range(10)]
     running_ = [running(session, lease_timeout=lease) for lease in leases]
     await insert(connection, *running_)
-    beating, used = database.beating, itertools.count()
+    used: list[str] = []
 
-    def counted() -> Any:
-        next(used)
-        return beating()
+    def counted(name: str) -> None:
+        use = getattr(database, name)
 
-    monkeypatch.setattr(database, "beating", counted)
+        def noted() -> Any:
+            used.append(name)
+            return use()
+
+        monkeypatch.setattr(database, name, noted)
+
+    counted("beating")
+    counted("beating_alone")
     async with connection.transaction():
         await connection.execute("select from tasks where id = %s for no key update", (running_[3].id,))
         beats = [asyncio.create_task(heartbeat(tasks, task, progress={"n": n})) for n, task in enumerate(running_)]
         results = [await beats[n] for n in range(10) if n != 3]
-        assert not beats[3].done()
         with pytest.raises(Aborted, match="RESOURCE_BUSY"):
             await beats[3]
-    assert next(used) == 2, "all together, and the held one alone"
+    assert used == ["beating", "beating_alone"], "all together, and the held one alone"
     del running_[3], leases[3]
     for task, lease, result in zip(running_, leases, results, strict=True):
         found = await tasks.get(TENANT, task.id)
@@ -410,25 +417,75 @@ async def test_heartbeats_at_the_same_time_share_a_statement(
 
 
 async def test_a_held_row_delays_no_other_heartbeats(connection: Connection, tasks: Tasks, session: Session) -> None:
+    """Neither those that succeed nor those that are refused; and who waits for it is told within about a second."""
     held, free = running(session), running(session)
     await insert(connection, held, free)
     async with connection.transaction():
         await connection.execute("select from tasks where id = %s for no key update", (held.id,))
-        waiting = [asyncio.create_task(heartbeat(tasks, held)) for _ in range(12)]
-        while not tasks._alone.locked():
+        waiting = [asyncio.create_task(heartbeat(tasks, held)) for _ in range(30)]
+        while (await waiting_for_locks(connection)) < 2:
             await asyncio.sleep(0)
         for _ in range(10):
             await heartbeat(tasks, free)
-        assert not all(beat.done() for beat in waiting)
-        assert {type(error) for error in await asyncio.gather(*waiting, return_exceptions=True)} == {Aborted}
+            with pytest.raises(FailedPrecondition, match="LEASE_LOST"):
+                await heartbeat(tasks, free, lease_id=uuid4())
+        told = {getattr(error, "reason", "") for error in await asyncio.gather(*waiting, return_exceptions=True)}
+        assert told == {"RESOURCE_BUSY", "DATABASE_BUSY"}
+
+
+async def waiting_for_locks(connection: Connection) -> int:
+    cursor = await connection.execute("select count(*) from pg_locks where not granted")
+    [(number,)] = await cursor.fetchall()
+    return int(number)
+
+
+async def test_a_dead_connection_does_not_stop_all_heartbeats(
+    connection: Connection, tasks: Tasks, session: Session, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut off: those on it are told that Postgres is away, the next ones use another."""
+    monkeypatch.setattr(module, "WATCHDOG_SECONDS", 0.3)
+    task = running(session)
+    await insert(connection, task)
+    await heartbeat(tasks, task)
+    async with database.beating() as dead:
+        pid = dead.info.backend_pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for beat in [asyncio.create_task(heartbeat(tasks, task)) for _ in range(5)]:
+            with pytest.raises(Unavailable, match="DATABASE_UNAVAILABLE"):
+                await beat
+        await heartbeat(tasks, task)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    found = await tasks.get(TENANT, task.id)
+    assert found is not None
+    assert found.beat >= 2
+
+
+async def test_who_has_left_beats_no_more(
+    connection: Connection, tasks: Tasks, session: Session, database: Database
+) -> None:
+    leaving, staying = running(session), running(session)
+    await insert(connection, leaving, staying)
+    async with database.beating():  # the only connection of the groups
+        beats = [asyncio.create_task(heartbeat(tasks, staying))]
+        while not tasks._beats.busy or len(tasks._beats):
+            await asyncio.sleep(0)
+        beats += [asyncio.create_task(heartbeat(tasks, task)) for task in (leaving, staying)]
+        while len(tasks._beats) < 2:
+            await asyncio.sleep(0)
+        beats[1].cancel()
+        await asyncio.sleep(0)
+    await asyncio.gather(beats[0], beats[2])
+    found = await tasks.get(TENANT, leaving.id), await tasks.get(TENANT, staying.id)
+    assert [task.beat for task in found if task] == [0, 2]
 
 
 async def test_heartbeats_that_fail_together_are_tried_alone(
     connection: Connection, tasks: Tasks, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        store, "HEARTBEATS", "select 1/0 from unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::jsonb[])"
-    )
+    refused = "select 'x'::int from unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::jsonb[])"
+    monkeypatch.setattr(store, "HEARTBEATS", refused)
     running_ = [running(session) for _ in range(5)]
     await insert(connection, *running_)
     await asyncio.gather(*(heartbeat(tasks, task) for task in running_))
