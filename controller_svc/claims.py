@@ -235,11 +235,12 @@ class Claims:
             respond=respond,
         )
         single, waits = False, attempt.alone
+        too_late: ServiceError | None = None
         while True:
             if not self._database.ready:
                 raise unavailable()
             if attempt.remaining < MARGIN:
-                raise in_progress() if attempt.key_busy else resource_busy()
+                raise in_progress() if attempt.key_busy else too_late or resource_busy()
             ask = _Ask(attempt, claim, single)
             try:
                 outcome = await (self._wait_for_scope(ask, command.role) if waits else self._line_up(ask, command.role))
@@ -250,9 +251,8 @@ class Claims:
                     # Tasks that are locked are skipped: who waits, waits for its key's own lock.
                     attempt.key_busy = attempt.key_busy or (waits and attempt.key_hash is not None)
                 elif isinstance(error, PoolTimeout):
-                    if attempt.remaining > CONNECTION_SECONDS:
-                        continue
-                    raise in_progress() if attempt.key_busy else refusal(error) from error
+                    too_late = refusal(error)
+                    continue
                 elif ask.sent and is_unknown(error):
                     guard = await self._settled(attempt)
                     if guard is not None:
@@ -307,17 +307,23 @@ class Claims:
         """Makes a group's claims, in some transactions: who found no room in one is first in the next."""
         while group:
             count = _together(group)
-            await self._take(tenant, role, group[:count], wait=False)
+            try:
+                await self._take(tenant, role, group[:count], wait=False)
+            except PoolTimeout as error:
+                for ask in group:
+                    ask.fail(error)
             group = [ask for ask in group if not ask.answer.done()]
 
     async def _take(self, tenant: str, role: str, asks: list[_Ask], *, wait: bool) -> None:
-        """Makes the claims of one transaction; answers each but those that found no room."""
+        """Makes the claims of one transaction; answers each but those that found no room. Raises PoolTimeout."""
         try:
             if asks := _wanted(asks):
                 longest = max(ask.attempt.remaining for ask in asks)
-                async with self._database.claims.connection(min(longest, CONNECTION_SECONDS)) as connection:
+                async with self._database.claims.connection(min(longest - MARGIN, CONNECTION_SECONDS)) as connection:
                     if asks := _wanted(asks):
                         await self._send(connection, tenant, role, asks, wait)
+        except PoolTimeout:
+            raise
         except Exception as error:
             if len(asks) > 1:
                 log.warning("claims failed together", size=len(asks), error=repr(error))
@@ -332,7 +338,9 @@ class Claims:
             claims = [ask.claim for ask in asks]
             outcomes = await claim_tasks(connection, tenant, role, asks[0].attempt.method, claims, wait=wait)
         for ask, outcome in zip(asks, outcomes, strict=True):
-            if outcome is not NotNow.NO_ROOM:
+            if outcome is NotNow.NO_ROOM:
+                ask.sent = False
+            else:
                 ask.give(outcome)
 
     async def _settled(self, attempt: Attempt) -> Guard | None:

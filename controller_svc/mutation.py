@@ -37,6 +37,7 @@ from controller_svc.store.database import (
     refusal,
     resource_busy,
     unavailable,
+    watched,
 )
 from controller_svc.store.read import Guard, read_guards, read_rows
 from controller_svc.store.write import Outcome, Write, write
@@ -623,7 +624,8 @@ class Door:
             decided: list[Decided] | None = None
             try:
                 async with self._pool(wait).connection() as connection:
-                    decided = await self._decide(connection, attempts)
+                    with watched(connection):
+                        decided = await self._decide(connection, attempts)
                     if not decided:
                         return
                     outcomes = await self._send(connection, decided, wait)

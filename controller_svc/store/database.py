@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import structlog
 from psycopg import errors as pg
-from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from controller_svc.core.status import Component
 from controller_svc.store import arrays
 from controller_svc.store.migrate import MigrationError, migrate
 from controller_svc.store.read import read_rows
-from svckit.errors import Aborted, InvalidArgument, ResourceExhausted, ServiceError, Unavailable
+from svckit.errors import Aborted, InvalidArgument, ServiceError, Unavailable
 from svckit.groups import Asked, Groups
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Connection(psycopg.AsyncConnection[Any]):
     """A connection that remembers a warning, and can be cut."""
 
     warned = False
+    is_cut = False
     timeline = 0
     """Postgres' timeline when this was connected; it grows with each failover. 0: unknown."""
 
@@ -64,6 +65,7 @@ class Connection(psycopg.AsyncConnection[Any]):
 
     def cut(self) -> None:
         """Ends the socket in both directions; whoever waits for it is told at once that the connection is lost."""
+        self.is_cut = True
         if not self.closed:
             with socket.socket(fileno=os.dup(self.fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)
@@ -175,9 +177,9 @@ class Database:
             raise unavailable()
         try:
             async with pool.connection() as connection:
-                with _watched(connection):
+                with watched(connection):
                     yield connection
-        except (psycopg.Error, PoolTimeout, TooManyRequests) as error:
+        except psycopg.Error as error:
             raise refusal(error) from error
 
     async def row(self, key: Key) -> Any:
@@ -306,7 +308,7 @@ def unavailable() -> Unavailable:
     )
 
 
-FAILURES = (psycopg.Error, PoolTimeout, OutcomeUnknownError, ValueError, OverflowError)
+FAILURES = (psycopg.Error, OutcomeUnknownError, ValueError, OverflowError)
 """What a write may fail with that is no defect of ours; the last two are the driver's, for a value it cannot send."""
 
 
@@ -314,6 +316,8 @@ def is_bad_data(error: BaseException) -> bool:
     """One value of a group that the database, or the driver before it, refuses (SQLSTATE classes 22 and 23)."""
     if isinstance(error, psycopg.Error):
         state = error.sqlstate or ""
+        if not state:
+            return isinstance(error, psycopg.DataError)
         return state[:2] in ("22", "23") and state != _TRIPWIRE
     return isinstance(error, (ValueError, UnicodeError, OverflowError))
 
@@ -330,8 +334,10 @@ def is_unknown(error: BaseException) -> bool:
     """
     if isinstance(error, psycopg.Error):
         state = error.sqlstate
-        return state is None or state[:2] in ("08", "53", "57") or state == "40003"
-    return isinstance(error, (OutcomeUnknownError, PoolTimeout))
+        if state is None:
+            return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
+        return state[:2] in ("08", "53", "57") or state == "40003"
+    return isinstance(error, OutcomeUnknownError)
 
 
 def is_lock_timeout(error: BaseException) -> bool:
@@ -343,8 +349,6 @@ def refusal(error: BaseException) -> ServiceError:
     """What a caller is told about a driver's error where nothing was written."""
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, TooManyRequests):
-        return ResourceExhausted("DATABASE_BUSY", "Too many calls wait for the database.", retry_after=0.5)
     if isinstance(error, (pg.QueryCanceled, PoolTimeout)):
         return Unavailable("DATABASE_BUSY", "The database did not answer in time.", retry_after=0.5)
     if is_lock_timeout(error):
@@ -369,7 +373,7 @@ def confirmed(connection: Connection) -> Iterator[None]:
     When somebody else cancels a COMMIT, only a warning says so. Raises OutcomeUnknownError.
     """
     connection.warned = False
-    with _watched(connection):
+    with watched(connection):
         yield
     if connection.warned:
         connection.pgconn.finish()
@@ -377,7 +381,7 @@ def confirmed(connection: Connection) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(connection: Connection) -> Iterator[None]:
+def watched(connection: Connection) -> Iterator[None]:
     """Cuts the socket after WATCHDOG_SECONDS, instead of cancelling the statement.
 
     Cancelled in COMMIT, Postgres reports success for what no standby has.
@@ -387,3 +391,5 @@ def _watched(connection: Connection) -> Iterator[None]:
         yield
     finally:
         watchdog.cancel()
+        if connection.is_cut:  # though its answer was still read: it must not go back to the pool
+            connection.pgconn.finish()

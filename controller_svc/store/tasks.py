@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -13,13 +14,13 @@ from psycopg.types.json import Jsonb
 from controller_svc.core.mutations import Key
 from controller_svc.core.tasks import HeartbeatResult, Task, TaskError, TaskState, lease_refusal
 from controller_svc.store.arrays import Jsons, Texts, Uuids
-from svckit.errors import ResourceExhausted, Unavailable
+from svckit.errors import ServiceError, Unavailable
 from svckit.groups import Asked, Groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from controller_svc.store.database import Database
+    from controller_svc.store.database import Connection, Database
 
 COLUMNS = (
     "tenant, id, version, beat, session_id, type, from_role, target_role, description, data, context, trace_id,"
@@ -28,7 +29,6 @@ COLUMNS = (
     " start_time, end_time"
 )
 
-GET_AND_NOW = "select " + COLUMNS + ", clock_timestamp() from tasks where tenant = %(tenant)s and id = %(id)s"
 LIST = "select " + COLUMNS + " from tasks where tenant = %(tenant)s and id < %(before)s"
 COUNT = "select count(*) from tasks where tenant = %(tenant)s"
 FILTERS = {
@@ -47,6 +47,7 @@ _EXTEND = """
     t.start_time + t.attempt_timeout_us * interval '1 microsecond'
   ))
 """
+LOCK = "select from tasks where tenant = %(tenant)s and id = %(id)s for no key update"
 HEARTBEAT = f"""
 update tasks t set {_EXTEND}, progress = coalesce(%(progress)s, t.progress)
 where t.tenant = %(tenant)s and t.id = %(id)s and t.lease_id = %(lease_id)s and t.lease_holder = %(subject)s
@@ -68,6 +69,12 @@ update tasks t set {_EXTEND}, progress = coalesce(h.progress, t.progress)
 from held h where t.tenant = h.tenant and t.id = h.id and t.lease_id = h.lease_id and t.lease_holder = h.subject
   and t.state = 'RUNNING' and t.lease_expire_time > clock_timestamp()
 returning h.ord, t.lease_expire_time
+"""
+
+NOW_AND_TASKS = f"""
+select clock_timestamp(), {", ".join(f"t.{name}" for name in COLUMNS.split(", "))}
+from unnest($1::text[], $2::uuid[]) with ordinality as a(tenant, id, ord)
+left join tasks t on t.tenant = a.tenant and t.id = a.id order by a.ord
 """
 
 # Looks at every running task: an index by lease_expire_time would be written to, with all others, by each heartbeat.
@@ -99,6 +106,8 @@ union all
 """
 ROUND_PAGE = 1000
 
+STALE_SECONDS = 0.25
+"""Within which a connection that was dead before it was used says so."""
 ABOVE_ALL_IDS = UUID(int=2**128 - 1)
 _START: tuple[str, UUID, UUID] = ("", UUID(int=0), UUID(int=0))
 _STATES = {str(state): state for state in TaskState}
@@ -148,7 +157,7 @@ class Tasks:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._beats: Groups[_Beat] = Groups("beat", self._beat_together, _Beat.fail)
+        self._beats: Groups[_Beat] = Groups("beat", self._beat_together, _failed)
         self._round = _START
 
     async def get(self, tenant: str, task_id: UUID) -> Task | None:
@@ -221,23 +230,15 @@ class Tasks:
 
         Heartbeats that come together share a statement. Raises what core.tasks.lease_refusal finds for any other lease.
         """
-        together = _Beat(tenant, task_id, lease_id, subject, progress)
-        self._beats.put(together)
-        extended = await together.answer
-        while extended is None:
-            # Refused, or passed over: whose end is certain waits for nobody.
-            rows = await self._fetch(GET_AND_NOW, {"tenant": tenant, "id": task_id})
-            task, now = (from_row(rows[0]), rows[0][-1]) if rows else (None, self._database.now())
-            refusal = lease_refusal(task, task_id, lease_id, subject, now)
-            if refusal is not None and refusal.reason == "TASK_CANCELLED":
-                return HeartbeatResult(lease_expire_time=None, cancelled=True)
-            if refusal is not None:
-                raise refusal
-            extended = await self._beat_alone(together)
-        return HeartbeatResult(lease_expire_time=extended, cancelled=False)
+        beat = _Beat(tenant, task_id, lease_id, subject, progress)
+        self._beats.put(beat)
+        result = await beat.answer
+        while result is None:
+            result = await self._beat_alone(beat)
+        return result
 
-    async def _beat_alone(self, beat: _Beat) -> datetime | None:
-        """The lease's new end, once nobody else is changing its row; None if it is not held."""
+    async def _beat_alone(self, beat: _Beat) -> HeartbeatResult | None:
+        """What comes of it once nobody else is changing the row; None if somebody has, and the lease is held."""
         values = {
             "tenant": beat.tenant,
             "id": beat.task_id,
@@ -245,32 +246,49 @@ class Tasks:
             "subject": beat.subject,
             "progress": None if beat.progress is None else Jsonb(beat.progress),
         }
-        async with self._database.beating_alone() as connection:
+        async with self._database.beating_alone() as connection, connection.transaction():
+            await connection.execute(LOCK, values)  # so that HEARTBEAT sees what others have made of the lease
             row = await (await connection.cursor(binary=True).execute(HEARTBEAT, values)).fetchone()
-        return row[0] if row else None
+            if row is not None:
+                return HeartbeatResult(lease_expire_time=row[0], cancelled=False)
+            [outcome] = await _without_effect(connection, [beat], locked=True)
+        if isinstance(outcome, ServiceError):
+            raise outcome
+        return outcome
 
     async def _beat_together(self, group: Sequence[_Beat]) -> None:
-        """Extends the leases that are held and that nobody else is changing; the others are passed over.
+        """Extends the leases that are held and that nobody else is changing; tells the others why not."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + STALE_SECONDS
+        try:
+            await self._extend(group)
+        except Unavailable:
+            if loop.time() > until:
+                raise
+            await self._extend(group)  # the connection was dead already, as after a restart of Postgres
 
-        So is the second of two heartbeats of one lease.
-        """
-        beats = [beat for beat in group if not beat.answer.done()]  # whose callers have not left
-        if not beats:
-            return
-        arrays = (
-            Texts.of([beat.tenant for beat in beats]),
-            Uuids.of([beat.task_id for beat in beats]),
-            Uuids.of([beat.lease_id for beat in beats]),
-            Texts.of([beat.subject for beat in beats]),
-            Jsons.of([beat.progress for beat in beats]),
-        )
+    async def _extend(self, group: Sequence[_Beat]) -> None:
         async with self._database.beating() as connection:
+            beats = _unanswered(group)
+            if not beats:
+                return
+            arrays = (
+                Texts.of([beat.tenant for beat in beats]),
+                Uuids.of([beat.task_id for beat in beats]),
+                Uuids.of([beat.lease_id for beat in beats]),
+                Texts.of([beat.subject for beat in beats]),
+                Jsons.of([beat.progress for beat in beats]),
+            )
             cursor = AsyncRawCursor(connection)
             await cursor.execute(HEARTBEATS, arrays, binary=True)
             for ord_, lease_expire_time in await cursor.fetchall():
-                beats[ord_ - 1].give(lease_expire_time)
-        for beat in beats:
-            beat.give(None)
+                beats[ord_ - 1].give(HeartbeatResult(lease_expire_time=lease_expire_time, cancelled=False))
+            beats = _unanswered(beats)
+            for beat, outcome in zip(beats, await _without_effect(connection, beats, locked=False), strict=True):
+                if isinstance(outcome, ServiceError):
+                    beat.fail(outcome)
+                else:
+                    beat.give(outcome)
 
     async def _next_of_round(self, limit: int) -> Sequence[Key]:
         tenant, session_id, id_ = self._round
@@ -291,8 +309,8 @@ class Tasks:
 
 
 @dataclass(slots=True, eq=False)
-class _Beat(Asked["datetime | None"]):
-    """A heartbeat that waits for its lease's new end; None: it was passed over."""
+class _Beat(Asked["HeartbeatResult | None"]):
+    """A heartbeat that waits for what comes of it; None: it has to go alone."""
 
     tenant: str
     task_id: UUID
@@ -300,12 +318,44 @@ class _Beat(Asked["datetime | None"]):
     subject: str
     progress: dict[str, Any] | None
 
-    def fail(self, error: Exception) -> None:
-        """Tells that Postgres is away or busy. Anything else may be another's fault: it is passed over."""
-        if isinstance(error, (Unavailable, ResourceExhausted)):
-            Asked.fail(self, error)  # super() knows not the class that slots=True makes anew
+
+def _unanswered(beats: Sequence[_Beat]) -> list[_Beat]:
+    """Those whose callers have not left either."""
+    return [beat for beat in beats if not beat.answer.done()]
+
+
+def _failed(beat: _Beat, error: Exception) -> None:
+    """Tells that Postgres is away or busy. A value that it refused may be another's: this one goes alone."""
+    if isinstance(error, Unavailable):
+        beat.fail(error)
+    else:
+        beat.give(None)
+
+
+async def _without_effect(
+    connection: Connection, beats: Sequence[_Beat], *, locked: bool
+) -> list[HeartbeatResult | ServiceError | None]:
+    """What comes of heartbeats that extended nothing. None: nobody knows before the row is locked.
+
+    The lease is held, and somebody else had locked its row; or it has run out, unless who locked it has extended it.
+    """
+    if not beats:
+        return []
+    keys = (Texts.of([beat.tenant for beat in beats]), Uuids.of([beat.task_id for beat in beats]))
+    cursor = AsyncRawCursor(connection)
+    await cursor.execute(NOW_AND_TASKS, keys, binary=True)
+    outcomes: list[HeartbeatResult | ServiceError | None] = []
+    for beat, (now, *row) in zip(beats, await cursor.fetchall(), strict=True):
+        task = None if row[0] is None else from_row(row)
+        refusal = lease_refusal(task, beat.task_id, beat.lease_id, beat.subject, now)
+        reason = refusal and refusal.reason
+        if reason == "TASK_CANCELLED":
+            outcomes.append(HeartbeatResult(lease_expire_time=None, cancelled=True))
+        elif reason == "LEASE_LOST" and not locked and task is not None and task.lease_id == beat.lease_id:
+            outcomes.append(None)
         else:
-            self.give(None)
+            outcomes.append(refusal)
+    return outcomes
 
 
 def _filter(values: Mapping[str, object]) -> str:

@@ -298,7 +298,13 @@ async def test_a_transaction_takes_no_more_tasks_than_it_may(
 
 
 @pytest.mark.parametrize(
-    "error", [psycopg.DataError("a value of one of them"), ValueError("the same"), psycopg.errors.DeadlockDetected()]
+    "error",
+    [
+        psycopg.errors.NumericValueOutOfRange("one of them"),
+        psycopg.DataError("as the driver raises it"),
+        ValueError("the same"),
+        psycopg.errors.DeadlockDetected(),
+    ],
 )
 async def test_the_fault_of_one_is_not_its_companys(
     error: Exception, connection: Connection, worker: Worker, session: Session
@@ -312,13 +318,14 @@ async def test_the_fault_of_one_is_not_its_companys(
 
 async def test_whose_own_fault_it_is_is_told(connection: Connection, worker: Worker, session: Session) -> None:
     await fill(connection, session, 1)
-    worker.always = psycopg.errors.NumericValueOutOfRange()
-    with pytest.raises(InvalidArgument, match="VALUE_REFUSED"):
-        await worker.claim()
+    for always in (psycopg.errors.NumericValueOutOfRange(), psycopg.DataError("as the driver raises it")):
+        worker.always = always
+        with pytest.raises(InvalidArgument, match="VALUE_REFUSED"):
+            await worker.claim()
     worker.always = RuntimeError("a defect")
     with pytest.raises(RuntimeError, match="a defect"):
         await worker.claim()
-    assert worker.sizes == [1] * 4, "each once more by itself"
+    assert worker.sizes == [1] * 6, "each once more by itself"
 
 
 @pytest.mark.parametrize("cause", [psycopg.OperationalError("lost"), OutcomeUnknownError("lost"), None])
@@ -373,11 +380,19 @@ async def test_no_role_keeps_another_waiting(
 async def test_who_got_no_room_is_given_the_rest(
     connection: Connection, worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody is told that there are no tasks while there are."""
+    """Nobody is told that there are no tasks while there are, and who comes later is given later ones."""
     monkeypatch.setattr(store, "MAX_ANSWER_BYTES", 65536 + 3000)
-    tasks = await fill(connection, session, 9, description="x" * 1000)
-    answers = await asyncio.gather(worker.claim(max_tasks=9), *(worker.claim() for _ in range(7)))
-    assert [len(ids) for ids in answers] == [2] + [1] * 7
+    tasks = await fill(connection, session, 10, description="x" * 1000)
+    worker.held["coder"] = asyncio.Event()
+    claims = [asyncio.create_task(worker.claim(max_tasks=n)) for n in (9, 1, 1, 1, 1, 1, 1, 1)]
+    while not worker.transactions:
+        await asyncio.sleep(0.01)
+    claims.append(asyncio.create_task(worker.claim()))
+    while not len(worker.claims._line(TENANT, "coder")):
+        await asyncio.sleep(0.01)
+    worker.held["coder"].set()
+    answers = [await claim for claim in claims]
+    assert [len(ids) for ids in answers] == [2] + [1] * 8
     assert [id_ for ids in answers for id_ in ids] == [str(task.id) for task in tasks], "in the order of the claims"
 
 
@@ -416,6 +431,25 @@ async def test_many_in_doubt_are_settled_together(
     assert len({id_ for call in claims for id_ in await call}) == 20
     assert len(settled) < 10
     assert sum(worker.sizes) == 25
+
+
+@pytest.mark.parametrize("error", [psycopg.OperationalError("away"), RuntimeError("a defect")])
+async def test_what_cannot_be_found_out_stays_open(
+    error: Exception, connection: Connection, worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is told that nothing was written; who asks again gets what was."""
+    monkeypatch.setattr(module, "RESEND_SECONDS", 0.2)
+    [task] = await fill(connection, session, 1)
+    worker.after = [psycopg.OperationalError("lost")]
+
+    async def failing(connection: Any, scopes: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(module, "recorded", failing)
+    with pytest.raises(Unavailable, match="OUTCOME_UNKNOWN"):
+        await worker.claim("key")
+    assert await worker.claim("key") == [str(task.id)]
+    assert await count(connection, "audit_events") == 1
 
 
 async def test_what_is_recorded(connection: Connection, database: Database, session: Session) -> None:
@@ -457,6 +491,70 @@ async def test_without_a_connection_nothing_was_sent(
             await worker.claim(seconds=0.5)
     assert worker.transactions == []
     assert len(await worker.claim()) == 1
+
+
+async def test_who_has_time_waits_for_a_connection(
+    connection: Connection, database: Database, worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CONNECTION_SECONDS", 0.05)
+    await fill(connection, session, 3)
+    async with AsyncExitStack() as used:
+        for _ in range(database.claims.max_size):
+            await used.enter_async_context(database.claims.connection())
+        patient = [asyncio.create_task(worker.claim(key)) for key in ("", "key")]
+        with pytest.raises(Unavailable, match="DATABASE_BUSY"):
+            await worker.claim(seconds=0.5)
+        assert worker.transactions == []
+    assert [len(await claim) for claim in patient] == [1, 1]
+
+
+async def test_who_got_no_room_may_have_to_wait_for_a_connection(
+    connection: Connection, database: Database, worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CONNECTION_SECONDS", 0.05)
+    monkeypatch.setattr(store, "MAX_ANSWER_BYTES", 65536 + 3000)
+    tasks = await fill(connection, session, 8, description="x" * 1000)
+    worker.held["coder"] = asyncio.Event()
+    claims = [asyncio.create_task(worker.claim()) for _ in range(8)]
+    while not worker.transactions:
+        await asyncio.sleep(0.01)
+    async with AsyncExitStack() as used:
+        for _ in range(database.claims.max_size - 1):
+            await used.enter_async_context(database.claims.connection())
+        last = asyncio.create_task(used.enter_async_context(database.claims.connection()))  # before the group asks anew
+        await asyncio.sleep(0)
+        worker.held["coder"].set()
+        await last
+        await asyncio.sleep(0.2)
+        assert len(worker.transactions) == 1
+    answers = [await claim for claim in claims]
+    assert sorted(id_ for ids in answers for id_ in ids) == sorted(str(task.id) for task in tasks)
+    assert await count(connection, "audit_events") == 8
+
+
+async def test_without_a_connection_a_group_fails_as_one(
+    connection: Connection, database: Database, worker: Worker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that come after the first transaction: not each of them waits anew."""
+    monkeypatch.setattr(module, "MOST_TASKS", 1)
+    await fill(connection, session, 1)
+    waits = 0
+    take = worker.claims._take
+
+    async def counted(*arguments: Any, **more: Any) -> None:
+        nonlocal waits
+        waits += 1
+        await take(*arguments, **more)
+
+    monkeypatch.setattr(worker.claims, "_take", counted)
+    async with AsyncExitStack() as used:
+        for _ in range(database.claims.max_size):
+            await used.enter_async_context(database.claims.connection())
+        claims = await asyncio.gather(*(worker.claim(seconds=0.5) for _ in range(10)), return_exceptions=True)
+    told = {getattr(error, "reason", "") for error in claims}
+    assert "DATABASE_BUSY" in told
+    assert told <= {"DATABASE_BUSY", "RESOURCE_BUSY"}, "on a slow machine some may be in line behind the group"
+    assert waits < 5
 
 
 @pytest.mark.parametrize("key", ["", "key"])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -433,8 +432,27 @@ async def test_a_held_row_delays_no_other_heartbeats(connection: Connection, tas
         assert told == {"RESOURCE_BUSY", "DATABASE_BUSY"}
 
 
+async def test_a_lease_that_is_being_extended_is_not_lost(
+    connection: Connection, tasks: Tasks, session: Session
+) -> None:
+    """What a snapshot says of its end may be over: a commit may wait for a standby longer than the lease lasts."""
+    task = running(session, lease_expire_time=datetime.now(UTC) - timedelta(seconds=1))
+    await insert(connection, task)
+    async with connection.transaction():
+        await connection.execute(
+            "update tasks set lease_expire_time = now() + interval '9 s' where id = %s", (task.id,)
+        )
+        beat = asyncio.create_task(heartbeat(tasks, task))
+        while not await waiting_for_locks(connection):
+            await asyncio.sleep(0)
+    assert (await beat).lease_expire_time is not None
+
+
 async def waiting_for_locks(connection: Connection) -> int:
-    cursor = await connection.execute("select count(*) from pg_locks where not granted")
+    await connection.execute("select pg_stat_clear_snapshot()")
+    cursor = await connection.execute(
+        "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    )
     [(number,)] = await cursor.fetchall()
     return int(number)
 
@@ -442,43 +460,57 @@ async def waiting_for_locks(connection: Connection) -> int:
 async def test_a_dead_connection_does_not_stop_all_heartbeats(
     connection: Connection, tasks: Tasks, session: Session, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is cut off: those on it are told that Postgres is away, the next ones use another."""
+    """It is cut, and they go on with another; told that Postgres is away are they when that one is dead too."""
     monkeypatch.setattr(module, "WATCHDOG_SECONDS", 0.3)
-    task = running(session)
-    await insert(connection, task)
-    await heartbeat(tasks, task)
+    running_ = [running(session) for _ in range(5)]
+    await insert(connection, *running_)
     async with database.beating() as dead:
-        pid = dead.info.backend_pid
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        for beat in [asyncio.create_task(heartbeat(tasks, task)) for _ in range(5)]:
-            with pytest.raises(Unavailable, match="DATABASE_UNAVAILABLE"):
-                await beat
-        await heartbeat(tasks, task)
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    found = await tasks.get(TENANT, task.id)
-    assert found is not None
-    assert found.beat >= 2
+        await connection.execute("select pg_terminate_backend(%s)", (dead.info.backend_pid,))
+    await asyncio.gather(*(heartbeat(tasks, task) for task in running_))
+    answering = store.HEARTBEATS
+    silent = "select from pg_sleep(3), unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::jsonb[])"
+    monkeypatch.setattr(store, "HEARTBEATS", silent)
+    for beat in [asyncio.create_task(heartbeat(tasks, task)) for task in running_]:
+        with pytest.raises(Unavailable, match="DATABASE_UNAVAILABLE"):
+            await beat
+    monkeypatch.setattr(store, "HEARTBEATS", answering)
+    await asyncio.gather(*(heartbeat(tasks, task) for task in running_))
+    assert [found.beat for task in running_ if (found := await tasks.get(TENANT, task.id))] == [2] * 5
 
 
 async def test_who_has_left_beats_no_more(
     connection: Connection, tasks: Tasks, session: Session, database: Database
 ) -> None:
-    leaving, staying = running(session), running(session)
-    await insert(connection, leaving, staying)
+    """Neither those of the group that waits for a connection, nor those of the next one."""
+    leaving, staying = [running(session) for _ in range(2)], running(session)
+    await insert(connection, *leaving, staying)
     async with database.beating():  # the only connection of the groups
-        beats = [asyncio.create_task(heartbeat(tasks, staying))]
+        beats = [asyncio.create_task(heartbeat(tasks, task)) for task in (leaving[0], staying)]
         while not tasks._beats.busy or len(tasks._beats):
             await asyncio.sleep(0)
-        beats += [asyncio.create_task(heartbeat(tasks, task)) for task in (leaving, staying)]
+        beats += [asyncio.create_task(heartbeat(tasks, task)) for task in (leaving[1], staying)]
         while len(tasks._beats) < 2:
             await asyncio.sleep(0)
-        beats[1].cancel()
+        for beat in beats[::2]:
+            beat.cancel()
         await asyncio.sleep(0)
-    await asyncio.gather(beats[0], beats[2])
-    found = await tasks.get(TENANT, leaving.id), await tasks.get(TENANT, staying.id)
-    assert [task.beat for task in found if task] == [0, 2]
+    await asyncio.gather(*beats[1::2])
+    found = [await tasks.get(TENANT, task.id) for task in (*leaving, staying)]
+    assert [task.beat for task in found if task] == [0, 0, 2]
+
+
+async def test_heartbeats_need_no_connection_of_reads(
+    connection: Connection, tasks: Tasks, session: Session, database: Database
+) -> None:
+    """Slow lists keep none from its answer: neither the second one of a lease nor one that is refused."""
+    task = running(session)
+    await insert(connection, task)
+    async with AsyncExitStack() as used:
+        for _ in range(4):
+            await used.enter_async_context(database.reading())
+        await asyncio.gather(*(heartbeat(tasks, task) for _ in range(3)))
+        with pytest.raises(FailedPrecondition, match="LEASE_LOST"):
+            await heartbeat(tasks, task, lease_id=uuid4())
 
 
 async def test_heartbeats_that_fail_together_are_tried_alone(

@@ -104,6 +104,7 @@ class Proxy:
 
     async def _end(self) -> None:
         self._server.close()
+        await asyncio.sleep(0.01)  # whoever was accepted just now is among the connections then
         await self._cut(reset=False)
 
     async def _connected(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
@@ -130,11 +131,12 @@ class Proxy:
         except (OSError, asyncio.CancelledError):
             pass
         finally:
-            for writer in (to_client, to_server):
-                if writer is not None:
-                    writer.close()
-                    with contextlib.suppress(OSError):
-                        await writer.wait_closed()
+            writers = [writer for writer in (to_client, to_server) if writer is not None]
+            for writer in writers:  # all, before a wait that may be cancelled
+                writer.close()
+            for writer in writers:
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
             self._asked.discard(to_client)
             self._deaf.discard(to_client)
             self._connections.pop(task, None)
