@@ -184,22 +184,24 @@ async def test_silent_connections_are_closed(issuer: FakeIssuer) -> None:
     ("open", "OK", "OK"), ("authenticated", "UNAUTHENTICATED", "OK"), ("off", "UNIMPLEMENTED", "UNIMPLEMENTED"),
 ])  # fmt: skip
 async def test_reflection(issuer: FakeIssuer, mode: str, anonymous: str, operate: str) -> None:
-    async def listed(channel: grpc.aio.Channel, metadata: Any) -> str:
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
+    # Not by grpc.aio: where the refusal overtakes the request, its client says INTERNAL.
+    def listed(metadata: Any) -> str:
         request = reflection_pb2.ServerReflectionRequest(list_services="")
-        try:
-            async for answer in stub.ServerReflectionInfo(iter([request]), metadata=metadata, timeout=5):
-                assert "svckit.test.Probe" in {service.name for service in answer.list_services_response.service}
-        except grpc.aio.AioRpcError as error:
-            return error.code().name
+        with grpc.insecure_channel(address) as channel:
+            stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+            try:
+                for answer in stub.ServerReflectionInfo(iter([request]), metadata=metadata, timeout=5):
+                    assert "svckit.test.Probe" in {service.name for service in answer.list_services_response.service}
+            except grpc.RpcError as error:
+                return str(error.code().name)
         return "OK"
 
     async with (
         serving(user_verifier(issuer), (PROBE, Probe()), reflection=mode) as (_, address),
         grpc.aio.insecure_channel(address) as channel,
     ):
-        assert await listed(channel, ()) == anonymous
-        assert await listed(channel, operator(issuer)) == operate
+        assert await asyncio.to_thread(listed, ()) == anonymous
+        assert await asyncio.to_thread(listed, operator(issuer)) == operate
         if mode == "open":
             stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
             for symbol, known in (("svckit.test.Probe.Ask", True), ("svckit.test.Probe.Nope", False), ("x", False)):
@@ -207,7 +209,7 @@ async def test_reflection(issuer: FakeIssuer, mode: str, anonymous: str, operate
                 async for answer in stub.ServerReflectionInfo(iter([request]), timeout=5):
                     assert answer.HasField("file_descriptor_response") is known
         if mode == "authenticated":
-            assert await listed(channel, bearer(issuer.token())) == "PERMISSION_DENIED"
+            assert await asyncio.to_thread(listed, bearer(issuer.token())) == "PERMISSION_DENIED"
 
 
 async def test_channelz_is_for_operators(issuer: FakeIssuer) -> None:
