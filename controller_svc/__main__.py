@@ -22,6 +22,7 @@ from controller_svc.servicers.tasks import TaskServicer
 from controller_svc.store.audit import Audit
 from controller_svc.store.database import Database
 from controller_svc.store.guards import Guards
+from controller_svc.store.heartbeats import Heartbeats
 from controller_svc.store.sessions import Sessions
 from controller_svc.store.tasks import Tasks
 from controller_svc.sweepers import Sweepers
@@ -91,7 +92,11 @@ async def serve(settings: ControllerSettings) -> None:
 
     for file, name, servicer in (
         (session_service_pb2, "SessionService", SessionServicer(door, sessions, session_mutations, pages)),
-        (task_service_pb2, "TaskService", TaskServicer(door, claims, tasks, task_mutations, pages)),
+        (
+            task_service_pb2,
+            "TaskService",
+            TaskServicer(door, tasks, task_mutations, pages, claims=claims, heartbeats=Heartbeats(database)),
+        ),
         (audit_service_pb2, "AuditService", AuditServicer(Audit(database), pages)),
         (
             record_service_pb2,

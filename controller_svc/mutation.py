@@ -27,6 +27,7 @@ from controller_svc.idempotency import KEY_HEADER, LONGEST_LEASE, idempotency_ke
 from controller_svc.replays import Replays
 from controller_svc.store.database import (
     FAILURES,
+    STALE_SECONDS,
     WATCHDOG_SECONDS,
     OutcomeUnknownError,
     confirmed,
@@ -69,8 +70,6 @@ LONGEST_ATTEMPT = 60.0
 """Seconds within which every attempt has ended: a call's 30 s, and what an unknown outcome may take to settle."""
 KEYLESS_LIFE = timedelta(seconds=2 * LONGEST_ATTEMPT)
 """The guard of a call without a key serves only to settle an unknown outcome."""
-STALE_SECONDS = 0.5
-"""For which a group that has sent nothing yet tries further connections of the pool."""
 RESEND_SECONDS = 5.0
 RESEND_PAUSE = 0.2
 SETTLE_SECONDS = RESEND_SECONDS + WATCHDOG_SECONDS

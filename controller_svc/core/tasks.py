@@ -209,7 +209,7 @@ class HeartbeatResult:
 
 
 class TaskStore(Protocol):
-    """Reads of tasks, and the heartbeat. A filter that is None does not filter."""
+    """Reads of tasks. A filter that is None does not filter."""
 
     async def get(self, tenant: str, task_id: UUID) -> Task | None:
         """Must answer the tenant's task, None if it has no such task."""
@@ -249,7 +249,11 @@ class TaskStore(Protocol):
         """Must answer at most `limit` unfinished tasks, of any tenant, whose session has ended."""
         ...
 
-    async def heartbeat(
+
+class HeartbeatStore(Protocol):
+    """What keeps a lease."""
+
+    async def beat(
         self, tenant: str, task_id: UUID, lease_id: UUID, subject: str, progress: dict[str, Any] | None
     ) -> HeartbeatResult:
         """Must extend a lease that `lease_refusal` finds held, in one statement and by the store's clock.

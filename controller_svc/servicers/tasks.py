@@ -11,7 +11,7 @@ from orchestrator.controller.v1 import task_service_pb2 as pb
 
 if TYPE_CHECKING:
     from controller_svc.claims import Claims
-    from controller_svc.core.tasks import TaskMutations, TaskStore
+    from controller_svc.core.tasks import HeartbeatStore, TaskMutations, TaskStore
     from controller_svc.mutation import Door
     from controller_svc.pages import PageTokens
     from svckit.interceptors import Call
@@ -21,13 +21,21 @@ class TaskServicer:
     """Implements orchestrator.controller.v1.TaskService."""
 
     def __init__(
-        self, door: Door, claims: Claims, store: TaskStore, mutations: TaskMutations, pages: PageTokens
+        self,
+        door: Door,
+        store: TaskStore,
+        mutations: TaskMutations,
+        pages: PageTokens,
+        *,
+        claims: Claims,
+        heartbeats: HeartbeatStore,
     ) -> None:
         self._door = door
-        self._claims = claims
         self._store = store
         self._mutations = mutations
         self._pages = pages
+        self._claims = claims
+        self._heartbeats = heartbeats
 
     async def RouteTask(self, request: pb.RouteTaskRequest, call: Call) -> bytes:
         """Hand a new task of a session to a role."""
@@ -73,7 +81,7 @@ class TaskServicer:
         """Keep a lease."""
         task_id, lease_id = convert.task_id(request), convert.lease_id(request)
         progress, principal = convert.progress(request), call.principal
-        kept = await self._store.heartbeat(principal.tenant, task_id, lease_id, principal.subject, progress)
+        kept = await self._heartbeats.beat(principal.tenant, task_id, lease_id, principal.subject, progress)
         return convert.heartbeat_answer(kept)
 
     async def CompleteTask(self, request: pb.CompleteTaskRequest, call: Call) -> bytes:

@@ -35,6 +35,8 @@ CONNECT_SECONDS = 2
 STATEMENT_SECONDS = 4
 WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
 """After which a connection in use is cut: `statement_timeout` ends no COMMIT, and no wait for a server that is gone."""
+STALE_SECONDS = 0.5
+"""Within which a connection that was dead before it was used says so, as after a restart of Postgres: try another."""
 LOCK_MILLISECONDS = 250
 """How long a statement that may wait (a command alone, a claim) waits for one lock."""
 

@@ -1,26 +1,18 @@
-"""Tasks as they are read from Postgres, and the heartbeat; their rows are written by write.py and claims.py."""
+"""Tasks as they are read from Postgres; their rows are written by write.py, claims.py and heartbeats.py."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from psycopg import AsyncRawCursor
-from psycopg.types.json import Jsonb
-
 from controller_svc.core.mutations import Key
-from controller_svc.core.tasks import HeartbeatResult, Task, TaskError, TaskState, lease_refusal
-from controller_svc.store.arrays import Jsons, Texts, Uuids
-from svckit.errors import ServiceError, Unavailable
-from svckit.groups import Asked, Groups
+from controller_svc.core.tasks import Task, TaskError, TaskState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from controller_svc.store.database import Connection, Database
+    from controller_svc.store.database import Database
 
 COLUMNS = (
     "tenant, id, version, beat, session_id, type, from_role, target_role, description, data, context, trace_id,"
@@ -38,44 +30,6 @@ FILTERS = {
     "type": " and type = %(type)s",
 }
 PAGE = " order by id desc limit %(limit)s"
-
-# clock_timestamp(), because the statement may have waited for the row: a lease that ran out meanwhile is not extended.
-_EXTEND = """
-  beat = t.beat + 1,
-  lease_expire_time = greatest(t.lease_expire_time, least(
-    clock_timestamp() + t.lease_timeout_us * interval '1 microsecond',
-    t.start_time + t.attempt_timeout_us * interval '1 microsecond'
-  ))
-"""
-LOCK = "select from tasks where tenant = %(tenant)s and id = %(id)s for no key update"
-HEARTBEAT = f"""
-update tasks t set {_EXTEND}, progress = coalesce(%(progress)s, t.progress)
-where t.tenant = %(tenant)s and t.id = %(id)s and t.lease_id = %(lease_id)s and t.lease_holder = %(subject)s
-  and t.state = 'RUNNING' and t.lease_expire_time > clock_timestamp()
-returning t.lease_expire_time
-"""
-
-# Rows are locked in the order of their keys, and passed over when they are locked by others.
-HEARTBEATS = f"""
-with asked as materialized (
-  select * from unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::jsonb[])
-    with ordinality as a(tenant, id, lease_id, subject, progress, ord)
-), held as materialized (
-  select a.* from tasks t join asked a on t.tenant = a.tenant and t.id = a.id
-  where t.lease_id = a.lease_id and t.lease_holder = a.subject and t.state = 'RUNNING'
-  order by t.tenant, t.id for no key update of t skip locked
-)
-update tasks t set {_EXTEND}, progress = coalesce(h.progress, t.progress)
-from held h where t.tenant = h.tenant and t.id = h.id and t.lease_id = h.lease_id and t.lease_holder = h.subject
-  and t.state = 'RUNNING' and t.lease_expire_time > clock_timestamp()
-returning h.ord, t.lease_expire_time
-"""
-
-NOW_AND_TASKS = f"""
-select clock_timestamp(), {", ".join(f"t.{name}" for name in COLUMNS.split(", "))}
-from unnest($1::text[], $2::uuid[]) with ordinality as a(tenant, id, ord)
-left join tasks t on t.tenant = a.tenant and t.id = a.id order by a.ord
-"""
 
 # Looks at every running task: an index by lease_expire_time would be written to, with all others, by each heartbeat.
 LOST_LEASES = """
@@ -106,8 +60,6 @@ union all
 """
 ROUND_PAGE = 1000
 
-STALE_SECONDS = 0.25
-"""Within which a connection that was dead before it was used says so."""
 ABOVE_ALL_IDS = UUID(int=2**128 - 1)
 _START: tuple[str, UUID, UUID] = ("", UUID(int=0), UUID(int=0))
 _STATES = {str(state): state for state in TaskState}
@@ -157,7 +109,6 @@ class Tasks:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._beats: Groups[_Beat] = Groups("beat", self._beat_together, _failed)
         self._round = _START
 
     async def get(self, tenant: str, task_id: UUID) -> Task | None:
@@ -223,73 +174,6 @@ class Tasks:
             keys |= dict.fromkeys(await self._next_of_round(limit - len(keys)))
         return tuple(keys)
 
-    async def heartbeat(
-        self, tenant: str, task_id: UUID, lease_id: UUID, subject: str, progress: dict[str, Any] | None
-    ) -> HeartbeatResult:
-        """Extends a lease that is held; a task cancelled under it answers cancelled.
-
-        Heartbeats that come together share a statement. Raises what core.tasks.lease_refusal finds for any other lease.
-        """
-        beat = _Beat(tenant, task_id, lease_id, subject, progress)
-        self._beats.put(beat)
-        result = await beat.answer
-        while result is None:
-            result = await self._beat_alone(beat)
-        return result
-
-    async def _beat_alone(self, beat: _Beat) -> HeartbeatResult | None:
-        """What comes of it once nobody else is changing the row; None if somebody has, and the lease is held."""
-        values = {
-            "tenant": beat.tenant,
-            "id": beat.task_id,
-            "lease_id": beat.lease_id,
-            "subject": beat.subject,
-            "progress": None if beat.progress is None else Jsonb(beat.progress),
-        }
-        async with self._database.beating_alone() as connection, connection.transaction():
-            await connection.execute(LOCK, values)  # so that HEARTBEAT sees what others have made of the lease
-            row = await (await connection.cursor(binary=True).execute(HEARTBEAT, values)).fetchone()
-            if row is not None:
-                return HeartbeatResult(lease_expire_time=row[0], cancelled=False)
-            [outcome] = await _without_effect(connection, [beat], locked=True)
-        if isinstance(outcome, ServiceError):
-            raise outcome
-        return outcome
-
-    async def _beat_together(self, group: Sequence[_Beat]) -> None:
-        """Extends the leases that are held and that nobody else is changing; tells the others why not."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + STALE_SECONDS
-        try:
-            await self._extend(group)
-        except Unavailable:
-            if loop.time() > until:
-                raise
-            await self._extend(group)  # the connection was dead already, as after a restart of Postgres
-
-    async def _extend(self, group: Sequence[_Beat]) -> None:
-        async with self._database.beating() as connection:
-            beats = _unanswered(group)
-            if not beats:
-                return
-            arrays = (
-                Texts.of([beat.tenant for beat in beats]),
-                Uuids.of([beat.task_id for beat in beats]),
-                Uuids.of([beat.lease_id for beat in beats]),
-                Texts.of([beat.subject for beat in beats]),
-                Jsons.of([beat.progress for beat in beats]),
-            )
-            cursor = AsyncRawCursor(connection)
-            await cursor.execute(HEARTBEATS, arrays, binary=True)
-            for ord_, lease_expire_time in await cursor.fetchall():
-                beats[ord_ - 1].give(HeartbeatResult(lease_expire_time=lease_expire_time, cancelled=False))
-            beats = _unanswered(beats)
-            for beat, outcome in zip(beats, await _without_effect(connection, beats, locked=False), strict=True):
-                if isinstance(outcome, ServiceError):
-                    beat.fail(outcome)
-                else:
-                    beat.give(outcome)
-
     async def _next_of_round(self, limit: int) -> Sequence[Key]:
         tenant, session_id, id_ = self._round
         page = {"tenant": tenant, "session_id": session_id, "id": id_, "page": ROUND_PAGE, "limit": limit}
@@ -306,56 +190,6 @@ class Tasks:
     async def _fetch(self, text: str, values: Mapping[str, object]) -> Sequence[tuple[Any, ...]]:
         async with self._database.reading() as connection:
             return await (await connection.cursor(binary=True).execute(text, values)).fetchall()
-
-
-@dataclass(slots=True, eq=False)
-class _Beat(Asked["HeartbeatResult | None"]):
-    """A heartbeat that waits for what comes of it; None: it has to go alone."""
-
-    tenant: str
-    task_id: UUID
-    lease_id: UUID
-    subject: str
-    progress: dict[str, Any] | None
-
-
-def _unanswered(beats: Sequence[_Beat]) -> list[_Beat]:
-    """Those whose callers have not left either."""
-    return [beat for beat in beats if not beat.answer.done()]
-
-
-def _failed(beat: _Beat, error: Exception) -> None:
-    """Tells that Postgres is away or busy. A value that it refused may be another's: this one goes alone."""
-    if isinstance(error, Unavailable):
-        beat.fail(error)
-    else:
-        beat.give(None)
-
-
-async def _without_effect(
-    connection: Connection, beats: Sequence[_Beat], *, locked: bool
-) -> list[HeartbeatResult | ServiceError | None]:
-    """What comes of heartbeats that extended nothing. None: nobody knows before the row is locked.
-
-    The lease is held, and somebody else had locked its row; or it has run out, unless who locked it has extended it.
-    """
-    if not beats:
-        return []
-    keys = (Texts.of([beat.tenant for beat in beats]), Uuids.of([beat.task_id for beat in beats]))
-    cursor = AsyncRawCursor(connection)
-    await cursor.execute(NOW_AND_TASKS, keys, binary=True)
-    outcomes: list[HeartbeatResult | ServiceError | None] = []
-    for beat, (now, *row) in zip(beats, await cursor.fetchall(), strict=True):
-        task = None if row[0] is None else from_row(row)
-        refusal = lease_refusal(task, beat.task_id, beat.lease_id, beat.subject, now)
-        reason = refusal and refusal.reason
-        if reason == "TASK_CANCELLED":
-            outcomes.append(HeartbeatResult(lease_expire_time=None, cancelled=True))
-        elif reason == "LEASE_LOST" and not locked and task is not None and task.lease_id == beat.lease_id:
-            outcomes.append(None)
-        else:
-            outcomes.append(refusal)
-    return outcomes
 
 
 def _filter(values: Mapping[str, object]) -> str:

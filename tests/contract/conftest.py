@@ -11,6 +11,7 @@ import redis.asyncio
 
 from controller_svc.store.audit import Audit
 from controller_svc.store.database import Database
+from controller_svc.store.heartbeats import Heartbeats
 from controller_svc.store.sessions import Sessions
 from controller_svc.store.tasks import Tasks
 from deploy.local.processes import free_port
@@ -56,6 +57,11 @@ def sessions(database: Database) -> Sessions:
 @pytest.fixture
 async def tasks(database: Database) -> Tasks:
     return Tasks(database)
+
+
+@pytest.fixture
+async def heartbeats(database: Database) -> Heartbeats:
+    return Heartbeats(database)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from psycopg import sql
 from controller_svc.core.mutations import Key
 from controller_svc.core.sessions import SessionState
 from controller_svc.core.tasks import TaskState
-from controller_svc.store import claims, guards, read, write
+from controller_svc.store import claims, guards, heartbeats, read, write
 from controller_svc.store import tasks as tasks_store
 from controller_svc.store.audit import Audit
 from controller_svc.store.guards import Guards
@@ -313,7 +313,7 @@ async def test_get_and_heartbeat(database: Any) -> None:
     )
     id_, lease_id, subject = await cursor.fetchone()
     values = {"tenant": "big", "id": id_, "lease_id": lease_id, "subject": subject, "progress": None}
-    await database.execute(tasks_store.HEARTBEAT, values)
+    await database.execute(heartbeats.HEARTBEAT, values)
     last(database).check(rows=1)
 
 
@@ -322,7 +322,7 @@ async def test_heartbeats_together(database: Any) -> None:
         "select tenant, id, lease_id, lease_holder, null::jsonb from tasks where state = 'RUNNING' limit 64"
     )
     columns = [list(column) for column in zip(*await cursor.fetchall(), strict=True)]
-    await database.explain(tasks_store.HEARTBEATS, columns)
+    await database.explain(heartbeats.HEARTBEATS, columns)
     last(database).check(rows=2 * len(columns[0]))
 
 

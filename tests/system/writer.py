@@ -114,7 +114,14 @@ async def main(url: str, output: str, seed: int, keys: int, sessions: list[str])
     door = Door(database, Idempotency(None, ttl=86400), Lifetimes(ok=86400, error=600), lanes=2)
     pages = PageTokens(b"k" * 32)
     session_servicer = SessionServicer(door, Sessions(database), SessionMutations(timedelta(days=7)), pages)
-    task_servicer = TaskServicer(door, None, Tasks(database), TaskMutations(), pages)  # type: ignore[arg-type]
+    task_servicer = TaskServicer(
+        door,
+        Tasks(database),
+        TaskMutations(),
+        pages,
+        claims=None,  # type: ignore[arg-type]
+        heartbeats=None,  # type: ignore[arg-type]
+    )
     table = {}
     for servicer, service in (
         (session_servicer, sessions_pb.DESCRIPTOR.services_by_name["SessionService"]),
