@@ -24,6 +24,8 @@ R = TypeVar("R")
 
 EARLY_GROUPS = 10
 """How many groups may start early between two that wait in full."""
+LONGEST_GATHER = 0.02
+"""Seconds. A group's work may take a while for other reasons than its size."""
 
 GROUP_SIZE = Histogram(
     "orchestrator_group_size",
@@ -57,8 +59,9 @@ class Groups(Generic[T]):
     is handed to `failed(item, error)` for every item: none can stop the queue. Nothing cancels a running group.
 
     A lone item goes at once. When the last group had company, the next one waits for more: callers answered together
-    come back together. It waits `gather` seconds and notes how many have come; the EARLY_GROUPS after it start as soon
-    as that many wait. With `eager` false all groups wait in full: nobody is kept by it.
+    come back together. It waits `gather` seconds, or twice as long as the last group's work took (up to
+    LONGEST_GATHER): the dearer a group, the better it is filled. It notes how many have come; the EARLY_GROUPS after it
+    start as soon as that many wait. With `eager` false all groups wait in full: nobody is kept by it.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Groups(Generic[T]):
         self._loop = asyncio.get_running_loop()  # asked for once: each time costs a system call (Python 3.11)
         self._waiting: dict[T, Context] = {}
         self._running: set[asyncio.Task[None]] = set()
+        self._took = 0.0
         self._last_size = 1
         self._expected = 1
         self._early = EARLY_GROUPS
@@ -129,7 +133,7 @@ class Groups(Generic[T]):
             await asyncio.sleep(0.01)
 
     def _schedule(self) -> None:
-        """Sees to it that a group starts: in the loop's next turn (what comes in this one joins), or after `gather`."""
+        """Sees to it that a group starts: in the loop's next turn (what comes in this one joins), or after a wait."""
         if self._formed or (self._eager and self._last_size == 1):
             enough = 1
         elif self._eager and self._expected > 1 and self._early < EARLY_GROUPS:
@@ -141,7 +145,8 @@ class Groups(Generic[T]):
                 self._launching = True
                 self._loop.call_soon(self._launch)
         elif self._timer is None:
-            self._timer = self._loop.call_later(self._gather, self._waited)
+            wait = max(self._gather, min(2 * self._took, LONGEST_GATHER))
+            self._timer = self._loop.call_later(wait, self._waited)
 
     def _waited(self) -> None:
         if not self._waiting:  # all were taken out: nothing was seen
@@ -172,8 +177,10 @@ class Groups(Generic[T]):
                 _resolve(self._launched)
 
     async def _run(self, group: list[T]) -> None:
+        started = self._loop.time()
         try:
             await self._work(group)
+            self._took = self._loop.time() - started
         except BaseException as error:
             if not isinstance(error, ServiceError):
                 log.exception("group failed", size=len(group))

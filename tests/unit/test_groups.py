@@ -120,6 +120,26 @@ async def test_of_fewer_callers_fewer_are_expected_after_a_few_waits() -> None:
     await asyncio.gather(*(item.done for item in await put_one_by_one(groups, range(2))))
 
 
+async def test_the_longer_a_group_takes_the_longer_the_next_one_waits_up_to_a_bound() -> None:
+    recorder = Recorder()
+    groups = Groups("test", recorder.work, recorder.failed, gather=0.001)
+    recorder.gate.clear()
+    for item in (first := [Item(n) for n in range(2)]):
+        groups.put(item)
+    await asyncio.sleep(0.05)
+    recorder.gate.set()
+    await asyncio.gather(*(item.done for item in first))
+    groups.put(early := Item("a"))
+    await asyncio.sleep(0.005)
+    groups.put(late := Item("b"))
+    await asyncio.gather(early.done, late.done)
+    assert recorder.groups == [[0, 1], ["a", "b"]]
+    groups._took, groups._early = 60, EARLY_GROUPS
+    groups.put(alone := Item("c"))
+    async with asyncio.timeout(5):
+        await alone.done
+
+
 async def test_a_lone_item_is_kept_where_nobody_waits_for_it() -> None:
     recorder = Recorder()
     groups = Groups("test", recorder.work, recorder.failed, gather=0.05, eager=False)
