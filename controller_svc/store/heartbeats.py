@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from psycopg import AsyncRawCursor
 from psycopg.types.json import Jsonb
 
 from controller_svc.core.tasks import HeartbeatResult, lease_refusal
 from controller_svc.store.arrays import Jsons, Texts, Uuids
-from controller_svc.store.database import STALE_SECONDS
+from controller_svc.store.database import STALE_SECONDS, is_unknown
 from controller_svc.store.tasks import COLUMNS, from_row
 from svckit.errors import ServiceError, Unavailable
 from svckit.groups import Asked, Groups
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from uuid import UUID
 
     from controller_svc.store.database import Connection, Database
@@ -73,7 +75,8 @@ class Heartbeats:
     ) -> HeartbeatResult:
         """Extends a lease that is held; a task cancelled under it answers cancelled.
 
-        Heartbeats that come together share a statement. Raises what core.tasks.lease_refusal finds for any other lease.
+        Heartbeats that come together share a statement. Raises what core.tasks.lease_refusal finds for any other lease,
+        and Unavailable OUTCOME_UNKNOWN when the connection was lost under way.
         """
         beat = _Beat(tenant, task_id, lease_id, subject, progress)
         self._groups.put(beat)
@@ -89,12 +92,14 @@ class Heartbeats:
             "subject": beat.subject,
             "progress": None if beat.progress is None else Jsonb(beat.progress),
         }
-        async with self._database.beating_alone() as connection, connection.transaction():
-            await connection.execute(LOCK, values)  # so that HEARTBEAT sees what others have made of the lease
-            row = await (await connection.cursor(binary=True).execute(HEARTBEAT, values)).fetchone()
-            if row is not None:
-                return HeartbeatResult(lease_expire_time=row[0], cancelled=False)
-            [outcome] = await _without_effect(connection, [beat], locked=True)
+        async with self._database.beating_alone() as connection:
+            with _under_way():
+                async with connection.transaction():
+                    await connection.execute(LOCK, values)  # so that HEARTBEAT sees what others have made of the lease
+                    row = await (await connection.cursor(binary=True).execute(HEARTBEAT, values)).fetchone()
+                    if row is not None:
+                        return HeartbeatResult(lease_expire_time=row[0], cancelled=False)
+                    [outcome] = await _without_effect(connection, [beat], locked=True)
         if isinstance(outcome, ServiceError):
             raise outcome
         assert outcome is not None, "the row is locked"
@@ -106,10 +111,13 @@ class Heartbeats:
         until = loop.time() + STALE_SECONDS
         try:
             await self._extend(group)
-        except Unavailable:
+        except Unavailable as lost:
             if loop.time() > until:
                 raise
-            await self._extend(group)  # the connection was dead already, as after a restart of Postgres
+            try:
+                await self._extend(group)  # the connection was dead already, as after a restart of Postgres
+            except Unavailable:
+                raise lost from None
 
     async def _extend(self, group: Sequence[_Beat]) -> None:
         async with self._database.beating() as connection:
@@ -124,8 +132,10 @@ class Heartbeats:
                 Jsons.of([beat.progress for beat in beats]),
             )
             cursor = AsyncRawCursor(connection)
-            await cursor.execute(HEARTBEATS, arrays, binary=True)
-            for ord_, lease_expire_time in await cursor.fetchall():
+            with _under_way():
+                await cursor.execute(HEARTBEATS, arrays, binary=True)
+                extended = await cursor.fetchall()
+            for ord_, lease_expire_time in extended:
                 beats[ord_ - 1].give(HeartbeatResult(lease_expire_time=lease_expire_time, cancelled=False))
             beats = _unanswered(beats)
             for beat, outcome in zip(beats, await _without_effect(connection, beats, locked=False), strict=True):
@@ -144,6 +154,21 @@ class _Beat(Asked["HeartbeatResult | None"]):
     lease_id: UUID
     subject: str
     progress: dict[str, Any] | None
+
+
+@contextmanager
+def _under_way() -> Iterator[None]:
+    """Raises Unavailable OUTCOME_UNKNOWN for a connection that is lost: Postgres may have extended the leases."""
+    try:
+        yield
+    except psycopg.Error as error:
+        if isinstance(error, psycopg.errors.QueryCanceled) or not is_unknown(error):
+            raise
+        raise Unavailable(
+            "OUTCOME_UNKNOWN",
+            "The database did not confirm the heartbeat; the lease may have been extended. Send another one.",
+            retry_after=1.0,
+        ) from error
 
 
 def _unanswered(beats: Sequence[_Beat]) -> list[_Beat]:
