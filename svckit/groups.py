@@ -60,8 +60,8 @@ class Groups(Generic[T]):
 
     A lone item goes at once. When the last group had company, the next one waits for more: callers answered together
     come back together. It waits `gather` seconds, or twice as long as the last group's work took (up to
-    LONGEST_GATHER): the dearer a group, the better it is filled. It notes how many have come; the EARLY_GROUPS after it
-    start as soon as that many wait. With `eager` false all groups wait in full: nobody is kept by it.
+    LONGEST_GATHER): the dearer a group, the better it is filled. Once no more come than before, the EARLY_GROUPS after
+    it start as soon as that many wait. With `eager` false all groups wait in full: nobody is kept by it.
     """
 
     def __init__(
@@ -152,10 +152,13 @@ class Groups(Generic[T]):
         if not self._waiting:  # all were taken out: nothing was seen
             self._timer = None
             return
+        came = min(len(self._waiting), self._max_size)
+        grown = came > self._expected * 5 // 4
         # One wait may meet a moment in which few come; only if few come again, fewer are expected.
-        self._expected = max(min(len(self._waiting), self._max_size), self._expected * 3 // 4)
+        self._expected = max(came, self._expected * 3 // 4)
         self._launch()
-        self._early = 0
+        if not grown:  # else more may come still: the next one waits in full too
+            self._early = 0
 
     def _launch(self) -> None:
         self._launching = False

@@ -86,12 +86,13 @@ async def test_after_company_a_group_waits_and_those_after_it_only_for_as_many_a
     for item in (first := [Item(n) for n in range(4)]):
         groups.put(item)
     await asyncio.gather(*(item.done for item in first))
-    await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "abc")))
-    assert recorder.groups == [[0, 1, 2, 3], ["a", "b", "c"]]
+    for names in ("abc", "abcd", "abcd"):
+        await asyncio.gather(*(item.done for item in await put_one_by_one(groups, names)))
+    assert recorder.groups == [[0, 1, 2, 3], [*"abc"], [*"abcd"], [*"abcd"]], "in full until no more come than before"
     groups._gather = 60
     for _ in range(EARLY_GROUPS):
-        await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "def")))
-    assert recorder.groups[2:] == [["d", "e", "f"]] * EARLY_GROUPS
+        await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "defg")))
+    assert recorder.groups[4:] == [[*"defg"]] * EARLY_GROUPS
     groups._gather = 0.1
     await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "ghijk")))
     assert recorder.groups[-1] == [*"ghijk"], "once in a while one waits in full: more may come by now"
