@@ -51,7 +51,7 @@ from svckit.errors import (
     StoredAnswer,
     Unavailable,
 )
-from svckit.groups import Groups, Slots
+from svckit.groups import GATHER, Groups, Slots
 from svckit.statuses import STORED_CODES, code_of, status_of
 
 if TYPE_CHECKING:
@@ -217,7 +217,13 @@ class Door:
         self._near_answers: Groups[tuple[Attempt, Answer]] = Groups("near", self._replay_near, _not_replayed)
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}
-        self._claims: Groups[Attempt] = Groups("claim", self._claim, self._not_claimed, max_size=96)
+        self._claims: Groups[Attempt] = Groups(
+            "claim",
+            self._claim,
+            self._not_claimed,
+            max_size=96,
+            longest_gather=GATHER,  # its work waits for the group before
+        )
         self._announcements: Groups[Attempt] = Groups(
             "announce", self._announce, self._not_announced, max_size=128, gather=0.01, eager=False
         )

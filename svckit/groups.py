@@ -24,6 +24,7 @@ R = TypeVar("R")
 
 EARLY_GROUPS = 10
 """How many groups may start early between two that wait in full."""
+GATHER = 0.004
 LONGEST_GATHER = 0.02
 """Seconds. A group's work may take a while for other reasons than its size."""
 
@@ -60,8 +61,8 @@ class Groups(Generic[T]):
 
     A lone item goes at once. When the last group had company, the next one waits for more: callers answered together
     come back together. It waits `gather` seconds, or twice as long as the last group's work took (up to
-    LONGEST_GATHER): the dearer a group, the better it is filled. Once no more come than before, the EARLY_GROUPS after
-    it start as soon as that many wait. With `eager` false all groups wait in full: nobody is kept by it.
+    `longest_gather`): the dearer a group, the better it is filled. Once hardly more come than before, the EARLY_GROUPS
+    after it start as soon as that many wait. With `eager` false all groups wait in full: nobody is kept by it.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class Groups(Generic[T]):
         *,
         max_size: int = 64,
         lanes: int = 1,
-        gather: float = 0.004,
+        gather: float = GATHER,
+        longest_gather: float = LONGEST_GATHER,
         eager: bool = True,
     ) -> None:
         self._work = work
@@ -80,6 +82,7 @@ class Groups(Generic[T]):
         self._max_size = max_size
         self._lanes = lanes
         self._gather = gather
+        self._longest_gather = longest_gather
         self._eager = eager
         self._loop = asyncio.get_running_loop()  # asked for once: each time costs a system call (Python 3.11)
         self._waiting: dict[T, Context] = {}
@@ -145,7 +148,7 @@ class Groups(Generic[T]):
                 self._launching = True
                 self._loop.call_soon(self._launch)
         elif self._timer is None:
-            wait = max(self._gather, min(2 * self._took, LONGEST_GATHER))
+            wait = max(self._gather, min(2 * self._took, self._longest_gather))
             self._timer = self._loop.call_later(wait, self._waited)
 
     def _waited(self) -> None:
@@ -157,8 +160,7 @@ class Groups(Generic[T]):
         # One wait may meet a moment in which few come; only if few come again, fewer are expected.
         self._expected = max(came, self._expected * 3 // 4)
         self._launch()
-        if not grown:  # else more may come still: the next one waits in full too
-            self._early = 0
+        self._early = EARLY_GROUPS if grown else 0  # more may come still: then the next one waits in full too
 
     def _launch(self) -> None:
         self._launching = False

@@ -123,22 +123,38 @@ async def test_of_fewer_callers_fewer_are_expected_after_a_few_waits() -> None:
 
 async def test_the_longer_a_group_takes_the_longer_the_next_one_waits_up_to_a_bound() -> None:
     recorder = Recorder()
-    groups = Groups("test", recorder.work, recorder.failed, gather=0.001)
+    groups = Groups("test", recorder.work, recorder.failed, gather=0.001, longest_gather=1)
+
+    async def wait_after(seconds: float) -> float:
+        """How long one that comes after company is to wait, when that took as long."""
+        groups._took = seconds
+        groups.put(Item("a"))
+        assert groups._timer is not None
+        left = groups._timer.when() - asyncio.get_running_loop().time()
+        groups.start()
+        await groups.drained()
+        groups._last_size = 2
+        return left
+
     recorder.gate.clear()
-    for item in (first := [Item(n) for n in range(2)]):
+    for item in [Item(n) for n in range(2)]:
         groups.put(item)
     await asyncio.sleep(0.05)
     recorder.gate.set()
-    await asyncio.gather(*(item.done for item in first))
-    groups.put(early := Item("a"))
-    await asyncio.sleep(0.005)
-    groups.put(late := Item("b"))
-    await asyncio.gather(early.done, late.done)
-    assert recorder.groups == [[0, 1], ["a", "b"]]
-    groups._took, groups._early = 60, EARLY_GROUPS
-    groups.put(alone := Item("c"))
-    async with asyncio.timeout(5):
-        await alone.done
+    await groups.drained()
+    assert groups._took > 0.04
+    assert 0.2 < await wait_after(0.2) <= 0.4
+    assert 0.5 < await wait_after(60) <= 1
+    assert await wait_after(0) <= 0.001 + 1e-6
+
+
+async def test_a_burst_after_lone_ones_reaches_its_size_at_once() -> None:
+    recorder = Recorder()
+    groups = Groups("test", recorder.work, recorder.failed, gather=0.05)
+    groups._last_size, groups._expected, groups._early = 2, 1, 2  # as soon after a wait in which one came
+    for names in ("abcd", "abcdef"):
+        await asyncio.gather(*(item.done for item in await put_one_by_one(groups, names)))
+    assert recorder.groups == [[*"abcd"], [*"abcdef"]]
 
 
 async def test_a_lone_item_is_kept_where_nobody_waits_for_it() -> None:
