@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -13,9 +13,9 @@ from psycopg.types.json import Jsonb
 
 from controller_svc.core.tasks import HeartbeatResult, lease_refusal
 from controller_svc.store.arrays import Jsons, Texts, Uuids
-from controller_svc.store.database import STALE_SECONDS, is_unknown
+from controller_svc.store.database import STALE_SECONDS, is_unknown, resource_busy
 from controller_svc.store.tasks import COLUMNS, from_row
-from svckit.errors import ServiceError, Unavailable
+from svckit.errors import Aborted, ServiceError, Unavailable
 from svckit.groups import Asked, Groups
 
 if TYPE_CHECKING:
@@ -76,12 +76,21 @@ class Heartbeats:
         """Extends a lease that is held; a task cancelled under it answers cancelled.
 
         Heartbeats that come together share a statement. Raises what core.tasks.lease_refusal finds for any other lease,
-        and Unavailable OUTCOME_UNKNOWN when the connection was lost under way.
+        and Unavailable OUTCOME_UNKNOWN when a connection was lost that may have extended it.
         """
         beat = _Beat(tenant, task_id, lease_id, subject, progress)
         self._groups.put(beat)
-        result = await beat.answer
-        return await self._beat_alone(beat) if result is None else result
+        try:
+            result = await beat.answer
+            return await self._beat_alone(beat) if result is None else result
+        except (Unavailable, Aborted) as error:
+            if not beat.in_doubt:
+                raise
+            raise Unavailable(
+                "OUTCOME_UNKNOWN",
+                "The database did not confirm the heartbeat; the lease may have been extended. Send another one.",
+                retry_after=1.0,
+            ) from error
 
     async def _beat_alone(self, beat: _Beat) -> HeartbeatResult:
         """What comes of it once nobody else is changing the row. Raises as `beat` does."""
@@ -93,17 +102,16 @@ class Heartbeats:
             "progress": None if beat.progress is None else Jsonb(beat.progress),
         }
         async with self._database.beating_alone() as connection:
-            with _under_way():
+            with _under_way([beat]):
                 async with connection.transaction():
                     await connection.execute(LOCK, values)  # so that HEARTBEAT sees what others have made of the lease
                     row = await (await connection.cursor(binary=True).execute(HEARTBEAT, values)).fetchone()
                     if row is not None:
                         return HeartbeatResult(lease_expire_time=row[0], cancelled=False)
                     [outcome] = await _without_effect(connection, [beat], locked=True)
-        if isinstance(outcome, ServiceError):
-            raise outcome
-        assert outcome is not None, "the row is locked"
-        return outcome
+        if isinstance(outcome, HeartbeatResult):
+            return outcome
+        raise outcome or resource_busy()  # held after all: Postgres' clock was set back meanwhile
 
     async def _beat_together(self, group: Sequence[_Beat]) -> None:
         """Extends the leases that are held and that nobody else is changing; tells the others why not."""
@@ -111,13 +119,10 @@ class Heartbeats:
         until = loop.time() + STALE_SECONDS
         try:
             await self._extend(group)
-        except Unavailable as lost:
+        except Unavailable:
             if loop.time() > until:
                 raise
-            try:
-                await self._extend(group)  # the connection was dead already, as after a restart of Postgres
-            except Unavailable:
-                raise lost from None
+            await self._extend(group)  # the connection was dead already, as after a restart of Postgres
 
     async def _extend(self, group: Sequence[_Beat]) -> None:
         async with self._database.beating() as connection:
@@ -132,7 +137,7 @@ class Heartbeats:
                 Jsons.of([beat.progress for beat in beats]),
             )
             cursor = AsyncRawCursor(connection)
-            with _under_way():
+            with _under_way(beats):
                 await cursor.execute(HEARTBEATS, arrays, binary=True)
                 extended = await cursor.fetchall()
             for ord_, lease_expire_time in extended:
@@ -154,21 +159,20 @@ class _Beat(Asked["HeartbeatResult | None"]):
     lease_id: UUID
     subject: str
     progress: dict[str, Any] | None
+    in_doubt: bool = field(init=False, default=False)
+    """Whether a statement that nobody knows the outcome of may have extended the lease."""
 
 
 @contextmanager
-def _under_way() -> Iterator[None]:
-    """Raises Unavailable OUTCOME_UNKNOWN for a connection that is lost: Postgres may have extended the leases."""
+def _under_way(beats: Sequence[_Beat]) -> Iterator[None]:
+    """Puts the heartbeats in doubt when the connection is lost: Postgres may have extended their leases."""
     try:
         yield
     except psycopg.Error as error:
-        if isinstance(error, psycopg.errors.QueryCanceled) or not is_unknown(error):
-            raise
-        raise Unavailable(
-            "OUTCOME_UNKNOWN",
-            "The database did not confirm the heartbeat; the lease may have been extended. Send another one.",
-            retry_after=1.0,
-        ) from error
+        if is_unknown(error) and not isinstance(error, psycopg.errors.QueryCanceled):
+            for beat in beats:
+                beat.in_doubt = True
+        raise
 
 
 def _unanswered(beats: Sequence[_Beat]) -> list[_Beat]:
@@ -177,7 +181,7 @@ def _unanswered(beats: Sequence[_Beat]) -> list[_Beat]:
 
 
 def _failed(beat: _Beat, error: Exception) -> None:
-    """Tells that Postgres is away or busy. A value that it refused may be another's: this one goes alone."""
+    """Tells that Postgres is away, busy or was lost. A value that it refused may be another's: this one goes alone."""
     if isinstance(error, Unavailable):
         beat.fail(error)
     else:

@@ -358,17 +358,58 @@ async def test_heartbeats_need_no_connection_of_reads(
             await heartbeat(heartbeats, task, lease_id=uuid4())
 
 
-REFUSED = "select 'x'::int from unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::jsonb[])"
+CUT = "select pg_terminate_backend(pg_backend_pid()), pg_sleep(9)"
+CANCELLED = "select pg_cancel_backend(pg_backend_pid()), pg_sleep(9)"
+OF_NONE = " from unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::jsonb[])"
+
+
+@pytest.mark.parametrize(
+    ("statements", "told"),
+    [
+        ((CUT + OF_NONE, CUT + OF_NONE), "OUTCOME_UNKNOWN"),
+        ((CUT + OF_NONE, CANCELLED + OF_NONE), "OUTCOME_UNKNOWN"),
+        ((CANCELLED + OF_NONE, CUT + OF_NONE), "OUTCOME_UNKNOWN"),
+        ((CUT + OF_NONE, store.HEARTBEATS), "OUTCOME_UNKNOWN"),
+        ((CANCELLED + OF_NONE, CANCELLED + OF_NONE), "DATABASE_BUSY"),
+        ((CANCELLED + OF_NONE, store.HEARTBEATS), "RESOURCE_BUSY"),
+    ],
+)
+async def test_nobody_is_told_that_nothing_was_written_who_may_have_extended_the_lease(
+    statements: tuple[str, str],
+    told: str,
+    connection: Connection,
+    heartbeats: Heartbeats,
+    session: Session,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever of the attempts it was; the last one goes alone, and somebody else has locked the row."""
+    task = running(session)
+    await insert(connection, task)
+    beating, left = database.beating, list(statements)
+
+    def next_statement() -> Any:
+        monkeypatch.setattr(store, "HEARTBEATS", left.pop(0))
+        return beating()
+
+    monkeypatch.setattr(database, "beating", next_statement)
+    async with connection.transaction():
+        await connection.execute("select from tasks where id = %s for no key update", (task.id,))
+        with pytest.raises((Aborted, Unavailable), match=told):
+            await heartbeat(heartbeats, task)
+    assert not left
+
+
+REFUSED = "select 'x'::int" + OF_NONE
 
 
 async def test_a_heartbeat_that_is_lost_alone_may_have_extended_its_lease(
     connection: Connection, heartbeats: Heartbeats, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WATCHDOG_SECONDS", 0.3)
     task = running(session)
     await insert(connection, task)
     monkeypatch.setattr(store, "HEARTBEATS", REFUSED)
-    monkeypatch.setattr(store, "HEARTBEAT", "select pg_sleep(3)")
+    monkeypatch.setattr(store, "HEARTBEAT", CUT)
     with pytest.raises(Unavailable, match="OUTCOME_UNKNOWN"):
         await heartbeat(heartbeats, task)
 

@@ -62,7 +62,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_OUTCOME_UNKNOWN: _ErrorReason.ValueType  # 12
     """General for methods that write, with `UNAVAILABLE`: the write may or may not have taken effect. Retry
-    with the same key, which tells; without a key, read the resource first.
+    with the same key, which tells; without a key, read the resource first. A heartbeat is sent again.
     """
     ERROR_REASON_DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 13
     """General, with `UNAVAILABLE`: Postgres is away, and nothing was written. Retry later."""
@@ -222,7 +222,7 @@ nothing was written. Retry with the same key.
 """
 ERROR_REASON_OUTCOME_UNKNOWN: ErrorReason.ValueType  # 12
 """General for methods that write, with `UNAVAILABLE`: the write may or may not have taken effect. Retry
-with the same key, which tells; without a key, read the resource first.
+with the same key, which tells; without a key, read the resource first. A heartbeat is sent again.
 """
 ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 13
 """General, with `UNAVAILABLE`: Postgres is away, and nothing was written. Retry later."""
