@@ -261,7 +261,8 @@ class HeartbeatStore(Protocol):
         lease_expire_time becomes now + lease_timeout, at most start_time + attempt_timeout, never earlier than it was;
         `progress` is set unless it is None; `beat` goes up by one. Version, update_time and audit trail stay.
         A CANCELLED task whose last lease is `lease_id` answers cancelled. Any other lease that is not held is refused
-        with the error of `lease_refusal`.
+        with the error of `lease_refusal`. Who may have been extended, though nobody confirmed it, must not be told that
+        nothing was written: Unavailable OUTCOME_UNKNOWN.
         """
         ...
 

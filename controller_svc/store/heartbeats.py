@@ -165,7 +165,10 @@ class _Beat(Asked["HeartbeatResult | None"]):
 
 @contextmanager
 def _under_way(beats: Sequence[_Beat]) -> Iterator[None]:
-    """Puts the heartbeats in doubt when the connection is lost: Postgres may have extended their leases."""
+    """Puts the heartbeats in doubt when the connection is lost: Postgres may have extended their leases.
+
+    A statement that was cancelled was rolled back, though its code is of a class that `is_unknown` doubts.
+    """
     try:
         yield
     except psycopg.Error as error:
