@@ -142,8 +142,11 @@ class Child:
         Raises LocalError with the child's last line when it ends before, or is not ready in time.
         """
         deadline = time.monotonic() + seconds
-        while not ready():
-            if not self.running:
+        while True:
+            running = self.running  # asked first: what it did just before its end still counts
+            if ready():
+                return
+            if not running:
                 raise LocalError(f"{self.name} ended with code {self.exit_code}: {self.last_line()} (log: {self.log})")
             if time.monotonic() > deadline:
                 raise LocalError(f"{self.name} is not ready after {seconds:g} s: {self.last_line()} (log: {self.log})")
