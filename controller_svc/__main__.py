@@ -105,7 +105,7 @@ async def serve(settings: ControllerSettings) -> None:
         ),
         (status_service_pb2, "StatusService", StatusServicer(database, idempotency, version("orchestrator"))),
     ):
-        server.register(file.DESCRIPTOR.services_by_name[name], servicer)
+        server.register(file.DESCRIPTOR.services_by_name[name], servicer, door.known)
 
     await server.start()
     await database.open()

@@ -21,10 +21,16 @@ from prometheus_client import Counter
 from psycopg_pool import AsyncConnectionPool
 
 from controller_svc.core.ids import new_command_id
-from controller_svc.fingerprint import NO_STRUCTS, PACKED, earlier_fingerprint_of, fingerprints_of, same_request
+from controller_svc.fingerprint import (
+    NO_STRUCTS,
+    PACKED,
+    fingerprints_of,
+    reserialised,
+    same_request,
+)
 from controller_svc.first_sent import FIRST_SENT_HEADER, first_sent, key_expired
 from controller_svc.idempotency import KEY_HEADER, LONGEST_LEASE, idempotency_key, in_progress, scope_of
-from controller_svc.replays import Replays
+from controller_svc.replays import Asked, Replays
 from controller_svc.store.database import (
     FAILURES,
     STALE_SECONDS,
@@ -55,7 +61,7 @@ from svckit.groups import GATHER, Groups, Slots
 from svckit.statuses import STORED_CODES, code_of, status_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from controller_svc.core.audit import AuditEvent
     from controller_svc.core.mutations import Actor, Key, Lookup, Mutation, Row
@@ -93,6 +99,8 @@ OUTCOMES = {outcome: _OUTCOMES.labels(outcome.value) for outcome in Outcome}
 UNKNOWN = _OUTCOMES.labels("unknown")
 NEAR = Counter("orchestrator_near_replays_total", "Replays answered from this process's own memory.")
 
+REPLAYED = ("idempotency-replayed", "true")
+"""The trailer of an answer that was given before."""
 _NO_FINGERPRINT = b"\0" * 32
 """Of a call without a key, whose scope no other has."""
 
@@ -118,9 +126,12 @@ class Attempt:
     trace_id: str
     scope: bytes
     fingerprints: bytes
+    raw: bytes
     request: Any
     key_hash: bytes | None
     """None: without a key, so the scope is its own."""
+    asked: Asked | None
+    """What its answer is found by in this process; None as `key_hash` is."""
     deadline: float
     """By the event loop's clock."""
     command_id: UUID
@@ -164,6 +175,7 @@ class Attempt:
 
 
 Decided = tuple[Attempt, Write]
+_NearAnswer = tuple[asyncio.Future[bytes], bytes]
 
 
 class Lifetimes:
@@ -214,7 +226,7 @@ class Door:
         self._on_written = on_written
         self._loop = asyncio.get_running_loop()
         self._near = Replays(near_bytes)
-        self._near_answers: Groups[tuple[Attempt, Answer]] = Groups("near", self._replay_near, _not_replayed)
+        self._near_answers: Groups[_NearAnswer] = Groups("near", self._tell_near, _not_told)
         self._slots: Slots[Attempt] = Slots()
         self._owners: dict[bytes, Attempt] = {}
         self._claims: Groups[Attempt] = Groups(
@@ -260,8 +272,10 @@ class Door:
             trace_id="",
             scope=scope_of("keyless", command_id.hex),
             fingerprints=_NO_FINGERPRINT,
+            raw=b"",
             request=None,
             key_hash=None,
+            asked=None,
             first_sent=None,
             deadline=self._loop.time() + SWEEP_SECONDS,
             command_id=command_id,
@@ -281,6 +295,28 @@ class Door:
 
     # -- key --
 
+    def known(self, call: Call) -> Awaitable[bytes] | None:
+        """The response's bytes where this process has answered the same request of the same caller before, else None.
+
+        What is in the request was found good when it was answered. Raises InvalidArgument for a bad time of the first
+        attempt.
+        """
+        keys = call.values(KEY_HEADER)
+        if len(keys) != 1:
+            return None
+        self._near.turn_to(self._database.timeline)
+        asked = Asked(call.principal.digest, call.policy.full_method, keys[0])
+        body = self._near.get(asked, call.raw, call.request, self._loop.time())
+        if body is None:
+            return None
+        times = call.values(FIRST_SENT_HEADER)
+        if times:
+            first_sent(times, datetime.now(UTC))
+        call.trailer(*REPLAYED)
+        answer: asyncio.Future[bytes] = self._loop.create_future()
+        self._near_answers.put((answer, body))  # sending answers one by one costs more than finding them
+        return answer
+
     def attempt(self, call: Call, structs: Mapping[str, dict[str, Any]] = NO_STRUCTS) -> Attempt:
         """A new attempt at a call, with its key's scope and fingerprints.
 
@@ -296,12 +332,14 @@ class Door:
                 fields=((KEY_HEADER, "required"),),
             )
         command_id = new_command_id()
+        asked = None
         if key is None:
             scope, fingerprints, key_hash = scope_of("keyless", command_id.hex), _NO_FINGERPRINT, None
             sent = None
         else:
             scope = scope_of(principal.issuer, principal.tenant, principal.subject, method, key)
             fingerprints, key_hash = fingerprints_of(call.raw, call.request, structs), scope_of(key)
+            asked = Asked(principal.digest, method, key)
             times = call.values(FIRST_SENT_HEADER)
             sent = first_sent(times, datetime.now(UTC)) if times else None
         return Attempt(
@@ -312,8 +350,10 @@ class Door:
             trace_id=call.trace.trace_id,
             scope=scope,
             fingerprints=fingerprints,
+            raw=call.raw,
             request=call.request,
             key_hash=key_hash,
+            asked=asked,
             first_sent=sent,
             deadline=call.deadline,
             command_id=command_id,
@@ -323,7 +363,7 @@ class Door:
     def tell(self, answer: Answer, call: Call) -> bytes:
         """The answer as a servicer gives it. Raises StoredAnswer for an error answer."""
         if answer.replayed:
-            call.trailer("idempotency-replayed", "true")
+            call.trailer(*REPLAYED)
         if answer.code:
             raise StoredAnswer(answer.code, answer.body)
         return answer.body
@@ -338,11 +378,6 @@ class Door:
         attempt.go = go
         if attempt.key_hash is None:
             self._go(attempt)
-            return await self._settled(attempt)  # type: ignore[no-any-return]
-        self._near.turn_to(self._database.timeline)
-        near = self._near.get(attempt.scope, attempt.fingerprints, self._loop.time())
-        if near is not None:
-            self._near_answers.put((attempt, Answer(0, near, replayed=True)))
             return await self._settled(attempt)  # type: ignore[no-any-return]
         if attempt.first_sent is not None and attempt.first_sent < self._database.now() - self.lifetimes.window:
             guard = await self._guard(attempt)
@@ -380,12 +415,11 @@ class Door:
                 case _:
                     self._go(attempt)
 
-    async def _replay_near(self, group: list[tuple[Attempt, Answer]]) -> None:
-        """Answers together what needs no work at all: sending answers one by one costs more than finding them."""
+    async def _tell_near(self, group: list[_NearAnswer]) -> None:
         NEAR.inc(len(group))
-        for attempt, answer in group:
-            if not attempt.result.done():
-                attempt.result.set_result(answer)
+        for answer, body in group:
+            if not answer.done():
+                answer.set_result(body)
 
     async def _settled(self, attempt: Attempt) -> Any:
         """What became of the attempt. A caller that leaves before the start takes it along. Raises a refusal."""
@@ -518,7 +552,7 @@ class Door:
         kind = outcome.WhichOneof("outcome")
         if kind == "mismatch":
             if not outcome.mismatch.durable and not attempt.earlier_fingerprint:
-                attempt.earlier_fingerprint = b"\x01" + earlier_fingerprint_of(attempt.request)
+                attempt.earlier_fingerprint = b"\x01" + reserialised(attempt.request)
                 guard = await self._guard(attempt)
                 return None if guard is None else self.replay(attempt, guard)
             try:
@@ -557,20 +591,26 @@ class Door:
     def replay(self, attempt: Attempt, guard: Guard) -> Answer:
         """The guard's answer, given to Redis too. Raises FailedPrecondition when it is of another request."""
         mine = guard.command_id == attempt.command_id
+        same = mine or _same(guard, attempt)
         if attempt.key_hash is not None:
-            self._complete(
-                attempt, guard.fingerprints, guard.code, guard.answer, guard.expire_time - self._database.now()
-            )
-        if not mine and not _same(guard, attempt):
+            left = guard.expire_time - self._database.now()
+            self._complete(attempt, guard.fingerprints, guard.code, guard.answer, left, near=same)
+        if not same:
             raise _key_reused()
         return Answer(guard.code, guard.answer, replayed=not mine)
 
-    def _complete(self, attempt: Attempt, fingerprints: bytes, code: int, answer: bytes, guard_left: timedelta) -> None:
-        """Has the guard's answer kept where it is found faster: at idempotency_svc, and an OK in this process too."""
+    def _complete(
+        self, attempt: Attempt, fingerprints: bytes, code: int, answer: bytes, guard_left: timedelta, *, near: bool
+    ) -> None:
+        """Has the guard's answer kept where it is found faster: at idempotency_svc, and `near`, if it is OK.
+
+        `fingerprints` are the guard's; `near` wants it to be the answer to this attempt's request.
+        """
         ttl = self.lifetimes.of_record(code, guard_left)
         timeline = attempt.timeline
-        if code == 0 and ttl > 0:
-            self._near.put(attempt.scope, fingerprints, answer, expires=self._loop.time() + ttl, timeline=timeline)
+        if near and code == 0 and ttl > 0 and attempt.asked is not None:
+            expires = self._loop.time() + ttl
+            self._near.put(attempt.asked, attempt.raw, answer, expires=expires, timeline=timeline)
         self._idempotency.complete(
             attempt.scope,
             attempt.command_id.bytes,
@@ -855,7 +895,8 @@ class Door:
     def finish(self, attempt: Attempt, code: int, body: bytes) -> Answer:
         """Ends an attempt whose answer is committed with its guard."""
         if attempt.key_hash is not None:
-            self._complete(attempt, attempt.fingerprints, code, body, self.lifetimes.of_guard(attempt, code))
+            left = self.lifetimes.of_guard(attempt, code)
+            self._complete(attempt, attempt.fingerprints, code, body, left, near=True)
         answer = Answer(code, body)
         self.settle(attempt, answer)
         return answer
@@ -944,16 +985,16 @@ class Door:
                 follower.set_result(kept)
 
 
-def _not_replayed(item: tuple[Attempt, Answer], error: Exception) -> None:
-    attempt, _ = item
-    if not attempt.result.done():
-        attempt.result.set_result(error)
+def _not_told(item: _NearAnswer, error: Exception) -> None:
+    answer, _ = item
+    if not answer.done():
+        answer.set_exception(error)
 
 
 def _same(guard: Guard, attempt: Attempt) -> bool:
     """Whether the guard is of this request; one of before has a bare digest of kind 1."""
     if len(guard.fingerprints) < PACKED and attempt.request is not None:
-        return guard.fingerprints == earlier_fingerprint_of(attempt.request)
+        return guard.fingerprints == reserialised(attempt.request)
     return same_request(guard.fingerprints, attempt.fingerprints)
 
 

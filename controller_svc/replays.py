@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from controller_svc.fingerprint import same_request
+from controller_svc.fingerprint import reserialised
 
-OVERHEAD = 400
-"""About the bytes of an entry beside its answer: scope, fingerprints, and what Python needs for them."""
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+OVERHEAD = 450
+"""About what Python needs for an entry beside the bytes of its key, request and answer."""
+
+
+class Asked(NamedTuple):
+    """What an answer is found by. It is told to nobody but the very caller, with the very rights, who got it before.
+
+    So whatever a servicer asks of a caller before it begins need not be asked again.
+    """
+
+    principal: bytes
+    """Principal.digest."""
+    method: str
+    key: str
 
 
 class Replays:
@@ -22,41 +37,41 @@ class Replays:
         """`max_bytes` bounds what is kept, with its overhead; 0 keeps nothing."""
         self._max_bytes = max_bytes
         self._timeline = 0
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._entries: OrderedDict[Asked, _Entry] = OrderedDict()
         self.bytes = 0
         """What is kept, with its overhead."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, scope: bytes, fingerprints: bytes, now: float) -> bytes | None:
-        """The answer to this very request. `now` is in the event loop's time.
+    def get(self, asked: Asked, raw: bytes, request: Message, now: float) -> bytes | None:
+        """The answer to this very request: `raw` as received, `request` as parsed. `now` is in the event loop's time.
 
         None says nothing: another request with the key, too, has to ask those who decide.
         """
-        entry = self._entries.get(scope)
+        entry = self._entries.get(asked)
         if entry is None:
             return None
         if entry.expires <= now:
-            self._drop(scope)
+            self._drop(asked)
             return None
-        if not same_request(entry.fingerprints, fingerprints):
+        if entry.raw != raw and reserialised(request.FromString(entry.raw)) != reserialised(request):
             return None
-        self._entries.move_to_end(scope)
+        self._entries.move_to_end(asked)
         return entry.answer
 
-    def put(self, scope: bytes, fingerprints: bytes, answer: bytes, *, expires: float, timeline: int) -> None:
-        """Keeps an OK answer until `expires`, in the event loop's time, which must not be after its record in Redis.
+    def put(self, asked: Asked, raw: bytes, answer: bytes, *, expires: float, timeline: int) -> None:
+        """Keeps an OK answer, and the request as it was received, until `expires`, in the event loop's time.
 
-        `timeline` is that of the connection that wrote or read its guard. An answer of another one than the present is
-        not kept, nor is one that is larger than all may be.
+        That must not be after its record in Redis. `timeline` is that of the connection that wrote or read its guard.
+        An answer of another one than the present is not kept, nor is one that is larger than all may be.
         """
-        size = len(answer) + OVERHEAD
+        size = _size(asked, raw, answer)
         if timeline != self._timeline or size > self._max_bytes:
             return
-        if scope in self._entries:
-            self._drop(scope)
-        self._entries[scope] = _Entry(fingerprints, answer, expires)
+        if asked in self._entries:
+            self._drop(asked)
+        self._entries[asked] = _Entry(raw, answer, expires)
         self.bytes += size
         while self.bytes > self._max_bytes:
             self._drop(next(iter(self._entries)))
@@ -68,11 +83,16 @@ class Replays:
             self._entries.clear()
             self.bytes = 0
 
-    def _drop(self, scope: bytes) -> None:
-        self.bytes -= len(self._entries.pop(scope).answer) + OVERHEAD
+    def _drop(self, asked: Asked) -> None:
+        entry = self._entries.pop(asked)
+        self.bytes -= _size(asked, entry.raw, entry.answer)
+
+
+def _size(asked: Asked, raw: bytes, answer: bytes) -> int:
+    return len(asked.key) + len(raw) + len(answer) + OVERHEAD
 
 
 class _Entry(NamedTuple):
-    fingerprints: bytes
+    raw: bytes
     answer: bytes
     expires: float

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -60,6 +61,13 @@ class Principal:
     permissions: frozenset[str]
     on_behalf_of: str = ""
     expires_at: float = 0.0
+    digest: bytes = field(init=False, repr=False, compare=False)
+    """SHA-256 of all of it but `expires_at`: the same for every token of a caller whose rights have not changed."""
+
+    def __post_init__(self) -> None:
+        who = [self.issuer, self.tenant, self.subject, self.on_behalf_of]
+        facts = [who, sorted(self.roles), sorted(self.permissions)]
+        object.__setattr__(self, "digest", hashlib.sha256(json.dumps(facts).encode()).digest())
 
 
 NOBODY = Principal("", "", "", frozenset(), frozenset())

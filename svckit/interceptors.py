@@ -1,4 +1,4 @@
-"""THE way of a call into a service: telemetry, errors, admission, auth, parse, servicer."""
+"""THE way of a call into a service: telemetry, errors, admission, auth, parse, replay, servicer."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
     Context = grpc.aio.ServicerContext[Any, Any]
     Step = Callable[["Call"], Awaitable[Any]]
+    Replay = Callable[["Call"], Awaitable[bytes] | None]
 
-LAYERS = ("telemetry", "errors", "admission", "auth", "parse", "servicer")
+LAYERS = ("telemetry", "errors", "admission", "auth", "parse", "replay", "servicer")
 """The order in which a call meets them, outermost first; Chain composes by this tuple."""
 
 MAX_SECONDS = 30.0
@@ -147,12 +148,15 @@ class Chain(grpc.GenericRpcHandler):
 
     # --- what is served -----------------------------------------------------------------------------------------------
 
-    def register(self, service: ServiceDescriptor, servicer: object, default_max_bytes: int) -> None:
+    def register(
+        self, service: ServiceDescriptor, servicer: object, default_max_bytes: int, replay: Replay | None = None
+    ) -> None:
         """Serve all methods of one of our services by `servicer`, under the policies in its descriptor.
 
         A servicer's method is `async def Method(self, request, call: Call)` and returns a message or its bytes; of a
-        server-streaming method it is an async generator of those. Raises PolicyError, or AttributeError for a method
-        that the servicer lacks.
+        server-streaming method it is an async generator of those. `replay` is asked first about every call of a guarded
+        method: what it answers goes to the caller, and None has the servicer called. Raises PolicyError, or
+        AttributeError for a method that the servicer lacks.
         """
         for policy in policies(service, default_max_bytes).values():
             method = getattr(servicer, policy.full_method.rpartition("/")[2])
@@ -163,7 +167,8 @@ class Chain(grpc.GenericRpcHandler):
                 behaviour = self._compose(policy, parse, _stream_servicer(method), self._admission_of_stream)
                 handler = grpc.unary_stream_rpc_method_handler(behaviour)
             else:
-                behaviour = self._compose(policy, parse, _unary_servicer(method), self._admission)
+                known = replay if policy.write is WriteMode.GUARDED else None
+                behaviour = self._compose(policy, parse, _unary_servicer(method), self._admission, known)
                 handler = grpc.unary_unary_rpc_method_handler(behaviour)
             self._handlers[policy.full_method] = handler
 
@@ -200,6 +205,7 @@ class Chain(grpc.GenericRpcHandler):
         parse: Callable[[bytes], Any] | None,
         servicer: Step,
         admission: Callable[[Step], Step] | None,
+        replay: Replay | None = None,
     ) -> Callable[[Any, Context], Awaitable[Any]]:
         """The behaviour gRPC calls. admission: that layer; none for what a full server must answer too, as health."""
         layers: dict[str, Callable[[Step], Any]] = {
@@ -208,6 +214,7 @@ class Chain(grpc.GenericRpcHandler):
             "admission": lambda inner: admission(inner) if admission else inner,
             "auth": lambda inner: self._auth(policy.permission, inner) if policy.permission else inner,
             "parse": lambda inner: _parse(policy.max_request_bytes, parse, inner) if parse else inner,
+            "replay": lambda inner: _replay(replay, inner) if replay else inner,
             "servicer": lambda inner: inner,
         }
         step: Any = servicer
@@ -475,6 +482,21 @@ def _parse(limit: int, parse: Callable[[bytes], Any], inner: Step) -> Step:
         except DecodeError:
             raise errors.InvalidArgument("REQUEST_MALFORMED", "the request is not a message of this method") from None
         return inner(call)
+
+    return layer
+
+
+def _replay(replay: Replay, inner: Step) -> Step:
+    """Answer what needs no servicer."""
+
+    def layer(call: Call) -> Awaitable[Any]:
+        answer = replay(call)
+        return inner(call) if answer is None else told(call, answer)
+
+    async def told(call: Call, answer: Awaitable[bytes]) -> bytes:
+        body = await answer
+        call.context.set_trailing_metadata(call.trailers)
+        return body
 
     return layer
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from svckit.auth import TokenVerifier
     from svckit.config import ServiceSettings
+    from svckit.interceptors import Replay
 
 LIVENESS = "liveness"
 """Health name that is SERVING while the process can answer at all; "" and the services' names are readiness."""
@@ -100,9 +101,9 @@ class Server:
             log_ok_sample=settings.log_ok_sample,
         )
 
-    def register(self, service: ServiceDescriptor, servicer: object) -> None:
+    def register(self, service: ServiceDescriptor, servicer: object, replay: Replay | None = None) -> None:
         """Serve one of our services; see Chain.register. Raises PolicyError for a method without a policy."""
-        self.chain.register(service, servicer, self._settings.max_request_bytes)
+        self.chain.register(service, servicer, self._settings.max_request_bytes, replay)
         self._names.append(service.full_name)
 
     async def start(self) -> int:

@@ -21,7 +21,7 @@ import redis
 from controller_svc import idempotency, mutation
 from controller_svc.claims import Claims
 from controller_svc.core.tasks import ClaimTasks, TaskMutations
-from controller_svc.fingerprint import earlier_fingerprint_of
+from controller_svc.fingerprint import reserialised
 from controller_svc.idempotency import COMPLETE_GATHER, MAX_ANSWER_BYTES, Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store.write import write
@@ -376,7 +376,7 @@ async def test_a_record_of_an_earlier_version_is_compared_by_its_one_fingerprint
     item = await scope_item(client, stub, "k", a=1)
     stub.lose_all()
     del item.fingerprints[:]
-    item.fingerprints.add(kind=1, digest=earlier_fingerprint_of(create_request(a=1)))
+    item.fingerprints.add(kind=1, digest=reserialised(create_request(a=1)))
     await foreign_claim(stub, item, lease_millis=60_000)
     with pytest.raises(FailedPrecondition, match="IDEMPOTENCY_KEY_REUSED"):
         await client.create("k", a=2)
@@ -565,9 +565,7 @@ async def test_a_guard_of_an_earlier_version_is_compared_by_its_one_fingerprint(
     first = await client.create("k", a=1)
     await completed()
     async with await psycopg.AsyncConnection.connect(client.url, autocommit=True) as connection:
-        await connection.execute(
-            "update idempotency_guards set fingerprint = %s", (earlier_fingerprint_of(create_request(a=1)),)
-        )
+        await connection.execute("update idempotency_guards set fingerprint = %s", (reserialised(create_request(a=1)),))
     stub.lose_all()
     assert await client.create("k", a=1) == first + " replayed"
     await completed()
@@ -576,17 +574,29 @@ async def test_a_guard_of_an_earlier_version_is_compared_by_its_one_fingerprint(
         await client.create("k", a=2)
 
 
-async def test_near_answers_need_nobody(client: Client, stub: Stub, own_postgres: Postgres) -> None:
-    client.door = Door(
-        client.database,
-        Idempotency(None, ttl=86400),
-        Lifetimes(ok=86400, error=600),
-        lanes=1,
-        near_bytes=1 << 20,
-    )
+def near_door(client: Client) -> Door:
+    """Remembers answers, and knows no idempotency_svc."""
+    lifetimes = Lifetimes(ok=86400, error=600)
+    return Door(client.database, Idempotency(None, ttl=86400), lifetimes, lanes=1, near_bytes=1 << 20)
+
+
+async def test_near_answers_need_nobody(client: Client, own_postgres: Postgres) -> None:
+    client.door = near_door(client)
     first = await client.create("k", a=1)
     own_postgres.stop()
     assert await client.create("k", a=1) == first + " replayed"
+
+
+async def test_an_answer_to_another_request_is_not_remembered(client: Client, own_postgres: Postgres) -> None:
+    first = await client.create("k", a=1)
+    client.door = near_door(client)
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match="IDEMPOTENCY_KEY_REUSED"):
+            await client.create("k", a=2)
+    assert await client.create("k", a=1) == first + " replayed"
+    own_postgres.stop()
+    assert await client.create("k", a=1) == first + " replayed"
+    assert client.door.known(client.call("CreateSession", create_request(a=2), "k")) is None
 
 
 async def test_a_retry_that_comes_too_late_is_refused_unless_its_answer_is_known(client: Client, stub: Stub) -> None:

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import Any
@@ -64,7 +64,15 @@ def make_service(name: str, methods: dict[str, dict[str, Any]]) -> ServiceDescri
     return pool.FindServiceByName(f"svckit.test.{name}")
 
 
-PROBE = make_service("Probe", {"Ask": {}, "Small": {"max_request_bytes": 16}, "Watch": {"stream": True}})
+PROBE = make_service(
+    "Probe",
+    {
+        "Ask": {},
+        "Small": {"max_request_bytes": 16},
+        "Write": {"write": options_pb2.WRITE_MODE_GUARDED, "max_request_bytes": 64},
+        "Watch": {"stream": True},
+    },
+)
 
 
 class Probe:
@@ -72,6 +80,9 @@ class Probe:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, Call]] = []
+
+    def replay(self, call: Call) -> Awaitable[bytes] | None:
+        return None
 
     async def ask(self, request: Any, call: Call) -> Any:
         return Text(value=f"{request.value}!")
@@ -84,7 +95,7 @@ class Probe:
         self.calls.append((request, call))
         return await self.ask(request, call)
 
-    Small = Ask
+    Small = Write = Ask
 
     async def Watch(self, request: Any, call: Call) -> AsyncIterator[Any]:
         self.calls.append((request, call))
@@ -270,7 +281,8 @@ async def serving(
     given = {"metrics_port": 0, "drain_seconds": 0.0, "grace_seconds": 5.0, **settings}
     server = Server(ServiceSettings(**given), verifier, host="127.0.0.1", port=0)
     for descriptor, servicer in services:
-        server.register(descriptor, servicer)
+        replay = (lambda call, probe=servicer: probe.replay(call)) if isinstance(servicer, Probe) else None
+        server.register(descriptor, servicer, replay)
     port = await server.start()
     await server.set_ready(True)
     try:

@@ -17,7 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
-from tests.client import METHODS, PLANNER, WORKER, Agent, Tenant, full_method
+from svckit.auth import AGENT
+from tests.client import METHODS, PLANNER, WORKER, Agent, Tenant, full_method, struct
 from tests.oracle import Tables
 
 METHOD = sessions_pb.DESCRIPTOR.services_by_name["SessionService"].methods_by_name["CreateSession"]
@@ -66,6 +67,44 @@ async def test_parts_of_a_scope_cannot_be_moved_into_one_another(tenant: Tenant,
             assert answer.ok and not answer.replayed
             bodies.add(answer.body)
     assert len(bodies) == tables.sessions(tenant.name) == 15
+
+
+async def test_a_retry_needs_the_rights_of_a_first_call(tenant: Tenant, tables: Tables) -> None:
+    """An answer that the process remembers is told to the same caller with any token, but not past a lost role."""
+    request = sessions_pb.CreateSessionRequest(agent_role=PLANNER)
+
+    def agent(subject: str, *roles: str) -> Agent:
+        return tenant.agent(subject, roles=roles, permissions=(AGENT,))
+
+    first = await agent("a", PLANNER).ask(request, key="k")
+    assert first.ok and not first.replayed
+    with tables.unchanged(tenant.name):
+        for same in (agent("a", PLANNER), agent("a", PLANNER, WORKER)):
+            again = await same.ask(request, key="k")
+            assert again.replayed and again.body == first.body
+        for less in (agent("a", WORKER), agent("a")):
+            without = await less.ask(request, key="k")
+            assert without.refusal == ("PERMISSION_DENIED", "ROLE_NOT_HELD")
+    other = await agent("b", PLANNER).ask(request, key="k")
+    assert other.ok and not other.replayed and other.body != first.body
+
+
+async def test_a_remembered_answer_is_given_to_the_same_content_only(agent: Agent, tables: Tables) -> None:
+    parts = [struct({name: value}).SerializeToString() for name, value in (("a", 1), ("b", "x"), ("b", "y"))]
+
+    def request(*order: int) -> sessions_pb.CreateSessionRequest:
+        made = sessions_pb.CreateSessionRequest(agent_role=PLANNER)
+        made.metadata.MergeFromString(b"".join(parts[number] for number in order))
+        return made
+
+    first = await agent.ask(request(0, 1), key="k")
+    assert first.ok and not first.replayed
+    with tables.unchanged(agent.tenant):
+        again = await agent.ask(request(1, 0), key="k")
+        assert again.replayed and again.body == first.body
+        assert (await agent.ask(request(0, 2), key="k")).refusal == ("FAILED_PRECONDITION", "IDEMPOTENCY_KEY_REUSED")
+        late = await agent.ask(request(0, 1), key="k", metadata=[("idempotency-first-sent", "yesterday")])
+        assert late.refusal == ("INVALID_ARGUMENT", "IDEMPOTENCY_FIRST_SENT_INVALID")
 
 
 async def test_a_key_of_ten_megabytes(agent: Agent, tenant: Tenant, tables: Tables) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import grpc
@@ -99,7 +99,7 @@ async def test_answers_and_hands_the_call_over(stage: Stage) -> None:
 
 
 def test_order_by_name() -> None:
-    assert LAYERS == ("telemetry", "errors", "admission", "auth", "parse", "servicer")
+    assert LAYERS == ("telemetry", "errors", "admission", "auth", "parse", "replay", "servicer")
 
 
 async def test_nothing_is_parsed_for_a_stranger(stage: Stage) -> None:
@@ -114,6 +114,52 @@ async def test_nothing_is_parsed_for_a_stranger(stage: Stage) -> None:
     refusal = await refused(raw(malformed, timeout=5, metadata=bearer(stage.token)))
     assert refusal.reason == "INVALID_ARGUMENT REQUEST_MALFORMED"
     assert stage.probe.calls == []
+
+
+async def test_a_replay_is_asked_for_after_auth_and_parse_and_before_the_servicer(stage: Stage) -> None:
+    asked: list[Call] = []
+
+    async def body(value: str) -> bytes:
+        return Text(value=value).SerializeToString()
+
+    def replay(call: Call) -> Awaitable[bytes] | None:
+        asked.append(call)
+        if call.request.value == "new":
+            return None
+        call.trailer("idempotency-replayed", "true")
+        return body("as before")
+
+    stage.probe.replay = replay  # type: ignore[method-assign]
+    write, good = ask(stage.channel, "Write"), bearer(stage.token)
+    powerless = bearer(stage.issuer.token(realm_access={"roles": ["planner"]}))
+    assert (await refused(write(Text(), timeout=5))).reason == "UNAUTHENTICATED TOKEN_MISSING"
+    assert (
+        await refused(write(Text(), timeout=5, metadata=powerless))
+    ).reason == "PERMISSION_DENIED PERMISSION_MISSING"
+    large = await refused(write(Text(value="x" * 100), timeout=5, metadata=good))
+    assert large.reason == "RESOURCE_EXHAUSTED REQUEST_TOO_LARGE"
+    malformed = ask(stage.channel, "Write", raw=True)(b"\xff\xff", timeout=5, metadata=good)
+    assert (await refused(malformed)).reason == "INVALID_ARGUMENT REQUEST_MALFORMED"
+    assert asked == []
+
+    known = write(Text(value="old"), timeout=5, metadata=good)
+    assert (await known).value == "as before"
+    assert ("idempotency-replayed", "true") in tuple(await known.trailing_metadata())
+    assert stage.probe.calls == []
+    assert (asked[0].principal.subject, asked[0].raw) == ("agent-1", Text(value="old").SerializeToString())
+    assert (await write(Text(value="new"), timeout=5, metadata=good)).value == "new!"
+    assert (len(asked), len(stage.probe.calls)) == (2, 1)
+    assert (await stage.ask(Text(value="old"), timeout=5, metadata=good)).value == "old!"  # not guarded
+    assert len(asked) == 2
+
+
+async def test_a_replay_may_refuse(stage: Stage) -> None:
+    def replay(call: Call) -> Awaitable[bytes] | None:
+        raise errors.InvalidArgument("IDEMPOTENCY_FIRST_SENT_INVALID", "no time")
+
+    stage.probe.replay = replay  # type: ignore[method-assign]
+    refusal = await refused(ask(stage.channel, "Write")(Text(), timeout=5, metadata=bearer(stage.token)))
+    assert refusal.reason == "INVALID_ARGUMENT IDEMPOTENCY_FIRST_SENT_INVALID"
 
 
 @settings(max_in_flight=1)

@@ -104,5 +104,6 @@ async def test_redis_is_flushed_at_half_the_rate_of_load(
     assert (world.tables.sessions(tenant.name), world.tables.audits(tenant.name)) == (made, made)
     keys = [f"half-{number}" for number in range(0, int(count), max(1, int(count) // 100))]
     assert len(await asked_again(agents, keys)) == len(keys)
+    assert metric(world, "controller", "orchestrator_near_replays_total") > 0
     assert world.tables.sessions(tenant.name) == made
     assert metric(world, "controller", "orchestrator_writes_total", outcome="unknown") == 0

@@ -7,35 +7,52 @@ import sys
 from typing import NamedTuple
 
 import pytest
+from google.protobuf.struct_pb2 import Struct
 
-from controller_svc.replays import OVERHEAD, Replays
+from controller_svc.replays import OVERHEAD, Asked, Replays
+from tests.client import struct
 
-MINE = b"\2" + b"a" * 32 + b"\3" + b"b" * 32
-ENCODED_ANEW = b"\2" + b"x" * 32 + b"\3" + b"b" * 32
-OTHER = b"\2" + b"x" * 32 + b"\3" + b"y" * 32
+MINE = struct({"a": 1}).SerializeToString() + struct({"b": "x"}).SerializeToString()
+ENCODED_ANEW = struct({"b": "x"}).SerializeToString() + struct({"a": 1}).SerializeToString()
+OTHER = struct({"a": 1, "b": "y"}).SerializeToString()
 
 
-def scope(number: int) -> bytes:
-    return number.to_bytes(32, "big")
+def asked(number: int, principal: bytes = b"p" * 32, method: str = "/a.Service/Method") -> Asked:
+    return Asked(principal, method, f"{number:030}")
+
+
+ENTRY = OVERHEAD + len(asked(0).key) + len(MINE)
+"""What an entry without an answer counts."""
 
 
 def put(replays: Replays, number: int, answer: bytes = b"", *, expires: float = 100, timeline: int = 0) -> None:
-    replays.put(scope(number), MINE, answer, expires=expires, timeline=timeline)
+    replays.put(asked(number), MINE, answer, expires=expires, timeline=timeline)
+
+
+def get(replays: Replays, what: Asked, raw: bytes, now: float = 0) -> bytes | None:
+    return replays.get(what, raw, Struct.FromString(raw), now)
 
 
 def kept(replays: Replays, number: int, now: float = 0) -> bytes | None:
-    return replays.get(scope(number), MINE, now)
+    return get(replays, asked(number), MINE, now)
 
 
 def test_the_same_request_is_answered_and_another_is_not() -> None:
     replays = Replays(10_000)
     put(replays, 1, b"one")
     put(replays, 2, b"two")
-    assert replays.get(scope(1), MINE, 0) == replays.get(scope(1), ENCODED_ANEW, 0) == b"one"
-    assert replays.get(scope(1), OTHER, 0) is None
-    assert replays.get(scope(3), MINE, 0) is None
+    assert get(replays, asked(1), MINE) == get(replays, asked(1), ENCODED_ANEW) == b"one"
+    assert get(replays, asked(1), OTHER) is None
+    assert get(replays, asked(3), MINE) is None
     assert kept(replays, 1) == b"one"
     assert kept(replays, 2) == b"two"
+
+
+def test_another_caller_or_method_is_not_answered() -> None:
+    replays = Replays(10_000)
+    put(replays, 1, b"one")
+    assert get(replays, asked(1, principal=b"q" * 32), MINE) is None
+    assert get(replays, asked(1, method="/a.Service/Other"), MINE) is None
 
 
 def test_an_empty_answer_is_an_answer() -> None:
@@ -48,7 +65,7 @@ def test_an_answer_ends_at_its_time_and_frees_its_bytes() -> None:
     replays = Replays(10_000)
     put(replays, 1, b"one", expires=50)
     assert kept(replays, 1, now=49.999) == b"one"
-    assert replays.get(scope(1), OTHER, 50) is None
+    assert get(replays, asked(1), OTHER, 50) is None
     assert (replays.bytes, len(replays)) == (0, 0)
     assert kept(replays, 1, now=49) is None
 
@@ -58,15 +75,15 @@ def test_the_newest_put_counts() -> None:
     put(replays, 1, b"a longer one", expires=50)
     put(replays, 1, b"one", expires=60)
     assert kept(replays, 1, now=55) == b"one"
-    assert (replays.bytes, len(replays)) == (3 + OVERHEAD, 1)
+    assert (replays.bytes, len(replays)) == (3 + ENTRY, 1)
 
 
 def test_what_was_not_used_for_longest_goes_first() -> None:
-    replays = Replays(3 * (10 + OVERHEAD))
+    replays = Replays(3 * (10 + ENTRY))
     for number in (1, 2, 3):
         put(replays, number, b"0123456789")
     assert kept(replays, 1) is not None
-    assert replays.get(scope(2), OTHER, 0) is None  # asking for something else is no use of it
+    assert get(replays, asked(2), OTHER) is None  # asking for something else is no use of it
     put(replays, 4, b"0123456789")
     assert [kept(replays, number) is not None for number in (1, 2, 3, 4)] == [True, False, True, True]
     put(replays, 1, b"0123456789")
@@ -75,12 +92,12 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
 
 
 def test_an_answer_that_does_not_fit_pushes_nothing_out() -> None:
-    replays = Replays(2 * OVERHEAD)
+    replays = Replays(2 * ENTRY)
     put(replays, 1, b"one")
-    put(replays, 2, b"x" * (OVERHEAD + 1))
+    put(replays, 2, b"x" * (ENTRY + 1))
     assert (kept(replays, 1), kept(replays, 2)) == (b"one", None)
-    put(replays, 2, b"x" * OVERHEAD)
-    assert (kept(replays, 1), kept(replays, 2)) == (None, b"x" * OVERHEAD)
+    put(replays, 2, b"x" * ENTRY)
+    assert (kept(replays, 1), kept(replays, 2)) == (None, b"x" * ENTRY)
     nothing = Replays(0)
     put(nothing, 1)
     assert len(nothing) == 0
@@ -112,13 +129,13 @@ class Kept(NamedTuple):
 @pytest.mark.parametrize("seed", range(20))
 def test_it_never_answers_what_was_not_put_nor_holds_more_than_it_may(seed: int) -> None:
     chance = random.Random(seed)
-    replays = Replays(20 * OVERHEAD)
+    replays = Replays(20 * ENTRY)
     put_last: dict[int, Kept] = {}
     hits = 0
     for now in range(3000):
         number = chance.randrange(40)
         if chance.random() < 0.4:
-            answer = chance.randbytes(chance.randrange(2 * OVERHEAD))
+            answer = chance.randbytes(chance.randrange(2 * ENTRY))
             put_last[number] = Kept(answer, now + chance.randrange(1, 200))
             put(replays, number, answer, expires=put_last[number].expires)
         else:
@@ -126,7 +143,7 @@ def test_it_never_answers_what_was_not_put_nor_holds_more_than_it_may(seed: int)
             if answer_now is not None:
                 assert answer_now == put_last[number].answer and now < put_last[number].expires
                 hits += 1
-        assert 0 <= replays.bytes <= 20 * OVERHEAD
+        assert 0 <= replays.bytes <= 20 * ENTRY
     assert hits > 100
     for number in range(40):
         kept(replays, number, now=10_000)
@@ -137,10 +154,11 @@ def test_the_overhead_covers_what_python_needs() -> None:
     """Else the bound would be one on paper only."""
     replays = Replays(1 << 30)
     put(replays, 1, b"")
-    entry = replays._entries[scope(1)]
-    parts = (scope(1), MINE, entry.answer, entry.expires, entry)
+    entry = replays._entries[asked(1)]
+    parts = (asked(1), asked(1).principal, entry.expires, entry)
+    headers = 2 * sys.getsizeof(b"") + sys.getsizeof("")  # of request and answer, and of the key
     of_table = (sys.getsizeof(filled(10_000)._entries) - sys.getsizeof(filled(0)._entries)) / 10_000
-    assert sum(map(sys.getsizeof, parts)) + of_table <= OVERHEAD
+    assert headers + sum(map(sys.getsizeof, parts)) + of_table <= OVERHEAD
 
 
 def filled(count: int) -> Replays:
