@@ -90,6 +90,7 @@ async def serve(settings: ControllerSettings) -> None:
     )
     pages = PageTokens(settings.page_token_key.get_secret_value().encode())
 
+    replay = door.known if settings.near_replay_bytes else None
     for file, name, servicer in (
         (session_service_pb2, "SessionService", SessionServicer(door, sessions, session_mutations, pages)),
         (
@@ -105,7 +106,7 @@ async def serve(settings: ControllerSettings) -> None:
         ),
         (status_service_pb2, "StatusService", StatusServicer(database, idempotency, version("orchestrator"))),
     ):
-        server.register(file.DESCRIPTOR.services_by_name[name], servicer, door.known)
+        server.register(file.DESCRIPTOR.services_by_name[name], servicer, replay)
 
     await server.start()
     await database.open()

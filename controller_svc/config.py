@@ -49,7 +49,7 @@ class ControllerSettings(OidcSettings, ServiceKeySettings):
         default=32 << 20,
         ge=0,
         le=4 << 30,
-        description="Memory for OK answers that this process replays without asking anybody; 0: none.",
+        description="Memory for OK answers and their requests, replayed without asking anybody; 0: none.",
     )
     idempotency_require_key: Literal["method", "all"] = Field(
         default="method",

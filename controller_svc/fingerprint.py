@@ -5,8 +5,7 @@ them. Two requests are the same when any kind is equal on both sides. From the f
 only followed by another.
 
 - Kind 1: the deterministic re-serialisation. A field that only one side knows moves its bytes, so a deployment that
-  adds one makes it differ. No longer sent; guards that hold nothing else are still compared, and so are requests
-  within one process, for it costs a fifth of kind 3.
+  adds one makes it differ. No longer sent; guards that hold nothing else are still compared.
 - Kind 2: the bytes as received. What a client sends again unchanged is the same under every version of the protos.
 - Kind 3: the content, whatever its encoding: maps in any order, a field left at its default or not known at all.
 """
@@ -58,7 +57,7 @@ def same_request(stored: bytes, mine: bytes) -> bool:
     return stored == mine or not _split(stored).isdisjoint(_split(mine))
 
 
-def reserialised(request: Message) -> bytes:
+def earlier_fingerprint_of(request: Message) -> bytes:
     """The bare digest of kind 1, as a guard of an earlier version holds it, without a kind before it."""
     excluded = _excluded(request.DESCRIPTOR)
     if excluded:

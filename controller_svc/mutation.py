@@ -21,16 +21,10 @@ from prometheus_client import Counter
 from psycopg_pool import AsyncConnectionPool
 
 from controller_svc.core.ids import new_command_id
-from controller_svc.fingerprint import (
-    NO_STRUCTS,
-    PACKED,
-    fingerprints_of,
-    reserialised,
-    same_request,
-)
+from controller_svc.fingerprint import NO_STRUCTS, PACKED, earlier_fingerprint_of, fingerprints_of, same_request
 from controller_svc.first_sent import FIRST_SENT_HEADER, first_sent, key_expired
 from controller_svc.idempotency import KEY_HEADER, LONGEST_LEASE, idempotency_key, in_progress, scope_of
-from controller_svc.replays import Asked, Replays
+from controller_svc.replays import NearKey, Replays
 from controller_svc.store.database import (
     FAILURES,
     STALE_SECONDS,
@@ -99,8 +93,6 @@ OUTCOMES = {outcome: _OUTCOMES.labels(outcome.value) for outcome in Outcome}
 UNKNOWN = _OUTCOMES.labels("unknown")
 NEAR = Counter("orchestrator_near_replays_total", "Replays answered from this process's own memory.")
 
-REPLAYED = ("idempotency-replayed", "true")
-"""The trailer of an answer that was given before."""
 _NO_FINGERPRINT = b"\0" * 32
 """Of a call without a key, whose scope no other has."""
 
@@ -127,11 +119,12 @@ class Attempt:
     scope: bytes
     fingerprints: bytes
     raw: bytes
+    """The request as received."""
     request: Any
     key_hash: bytes | None
     """None: without a key, so the scope is its own."""
-    asked: Asked | None
-    """What its answer is found by in this process; None as `key_hash` is."""
+    near_key: NearKey | None
+    """What its answer is found by in this process; None: without a key."""
     deadline: float
     """By the event loop's clock."""
     command_id: UUID
@@ -275,7 +268,7 @@ class Door:
             raw=b"",
             request=None,
             key_hash=None,
-            asked=None,
+            near_key=None,
             first_sent=None,
             deadline=self._loop.time() + SWEEP_SECONDS,
             command_id=command_id,
@@ -296,26 +289,29 @@ class Door:
     # -- key --
 
     def known(self, call: Call) -> Awaitable[bytes] | None:
-        """The response's bytes where this process has answered the same request of the same caller before, else None.
+        """The response's bytes where this process knows the answer to the same request of the same caller, else None.
 
-        What is in the request was found good when it was answered. Raises InvalidArgument for a bad time of the first
+        What the request says was found good when it was answered. Raises InvalidArgument for a bad time of the first
         attempt.
         """
         keys = call.values(KEY_HEADER)
         if len(keys) != 1:
             return None
         self._near.turn_to(self._database.timeline)
-        asked = Asked(call.principal.digest, call.policy.full_method, keys[0])
-        body = self._near.get(asked, call.raw, call.request, self._loop.time())
+        near_key = NearKey(call.principal.digest, call.policy.full_method, keys[0])
+        body = self._near.get(near_key, call.raw, call.request, self._loop.time())
         if body is None:
             return None
         times = call.values(FIRST_SENT_HEADER)
         if times:
             first_sent(times, datetime.now(UTC))
-        call.trailer(*REPLAYED)
+        return self._tell_known(body, call)
+
+    async def _tell_known(self, body: bytes, call: Call) -> bytes:
+        """Tells it together with others: sending answers one by one costs more than finding them."""
         answer: asyncio.Future[bytes] = self._loop.create_future()
-        self._near_answers.put((answer, body))  # sending answers one by one costs more than finding them
-        return answer
+        self._near_answers.put((answer, body))
+        return self.tell(Answer(0, await answer, replayed=True), call)
 
     def attempt(self, call: Call, structs: Mapping[str, dict[str, Any]] = NO_STRUCTS) -> Attempt:
         """A new attempt at a call, with its key's scope and fingerprints.
@@ -332,14 +328,14 @@ class Door:
                 fields=((KEY_HEADER, "required"),),
             )
         command_id = new_command_id()
-        asked = None
+        near_key = None
         if key is None:
             scope, fingerprints, key_hash = scope_of("keyless", command_id.hex), _NO_FINGERPRINT, None
             sent = None
         else:
             scope = scope_of(principal.issuer, principal.tenant, principal.subject, method, key)
             fingerprints, key_hash = fingerprints_of(call.raw, call.request, structs), scope_of(key)
-            asked = Asked(principal.digest, method, key)
+            near_key = NearKey(principal.digest, method, key)
             times = call.values(FIRST_SENT_HEADER)
             sent = first_sent(times, datetime.now(UTC)) if times else None
         return Attempt(
@@ -353,7 +349,7 @@ class Door:
             raw=call.raw,
             request=call.request,
             key_hash=key_hash,
-            asked=asked,
+            near_key=near_key,
             first_sent=sent,
             deadline=call.deadline,
             command_id=command_id,
@@ -363,7 +359,7 @@ class Door:
     def tell(self, answer: Answer, call: Call) -> bytes:
         """The answer as a servicer gives it. Raises StoredAnswer for an error answer."""
         if answer.replayed:
-            call.trailer(*REPLAYED)
+            call.trailer("idempotency-replayed", "true")
         if answer.code:
             raise StoredAnswer(answer.code, answer.body)
         return answer.body
@@ -552,7 +548,7 @@ class Door:
         kind = outcome.WhichOneof("outcome")
         if kind == "mismatch":
             if not outcome.mismatch.durable and not attempt.earlier_fingerprint:
-                attempt.earlier_fingerprint = b"\x01" + reserialised(attempt.request)
+                attempt.earlier_fingerprint = b"\x01" + earlier_fingerprint_of(attempt.request)
                 guard = await self._guard(attempt)
                 return None if guard is None else self.replay(attempt, guard)
             try:
@@ -608,9 +604,9 @@ class Door:
         """
         ttl = self.lifetimes.of_record(code, guard_left)
         timeline = attempt.timeline
-        if near and code == 0 and ttl > 0 and attempt.asked is not None:
+        if near and code == 0 and ttl > 0 and attempt.near_key is not None:
             expires = self._loop.time() + ttl
-            self._near.put(attempt.asked, attempt.raw, answer, expires=expires, timeline=timeline)
+            self._near.put(attempt.near_key, attempt.raw, answer, expires=expires, timeline=timeline)
         self._idempotency.complete(
             attempt.scope,
             attempt.command_id.bytes,
@@ -994,7 +990,7 @@ def _not_told(item: _NearAnswer, error: Exception) -> None:
 def _same(guard: Guard, attempt: Attempt) -> bool:
     """Whether the guard is of this request; one of before has a bare digest of kind 1."""
     if len(guard.fingerprints) < PACKED and attempt.request is not None:
-        return guard.fingerprints == reserialised(attempt.request)
+        return guard.fingerprints == earlier_fingerprint_of(attempt.request)
     return same_request(guard.fingerprints, attempt.fingerprints)
 
 

@@ -66,8 +66,8 @@ class Principal:
 
     def __post_init__(self) -> None:
         who = [self.issuer, self.tenant, self.subject, self.on_behalf_of]
-        facts = [who, sorted(self.roles), sorted(self.permissions)]
-        object.__setattr__(self, "digest", hashlib.sha256(json.dumps(facts).encode()).digest())
+        facts = json.dumps([who, sorted(self.roles), sorted(self.permissions)], ensure_ascii=False)
+        object.__setattr__(self, "digest", hashlib.sha256(facts.encode(errors="surrogatepass")).digest())
 
 
 NOBODY = Principal("", "", "", frozenset(), frozenset())

@@ -55,8 +55,6 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", 10000),
     ("grpc.http2.min_ping_interval_without_data_ms", 20000),
     ("grpc.http2.max_ping_strikes", 2),
-    # Requests are small. A ping at every read, to learn how wide the way is, cost 3 % of the CPU of a call.
-    ("grpc.http2.bdp_probe", 0),
     ("grpc.max_connection_idle_ms", 300000),
     # Connections end by themselves (gRPC adds 10 % jitter), so that clients meet new replicas; the grace is longer than
     # any unary call.

@@ -21,7 +21,7 @@ import redis
 from controller_svc import idempotency, mutation
 from controller_svc.claims import Claims
 from controller_svc.core.tasks import ClaimTasks, TaskMutations
-from controller_svc.fingerprint import reserialised
+from controller_svc.fingerprint import earlier_fingerprint_of
 from controller_svc.idempotency import COMPLETE_GATHER, MAX_ANSWER_BYTES, Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store.write import write
@@ -376,7 +376,7 @@ async def test_a_record_of_an_earlier_version_is_compared_by_its_one_fingerprint
     item = await scope_item(client, stub, "k", a=1)
     stub.lose_all()
     del item.fingerprints[:]
-    item.fingerprints.add(kind=1, digest=reserialised(create_request(a=1)))
+    item.fingerprints.add(kind=1, digest=earlier_fingerprint_of(create_request(a=1)))
     await foreign_claim(stub, item, lease_millis=60_000)
     with pytest.raises(FailedPrecondition, match="IDEMPOTENCY_KEY_REUSED"):
         await client.create("k", a=2)
@@ -565,7 +565,9 @@ async def test_a_guard_of_an_earlier_version_is_compared_by_its_one_fingerprint(
     first = await client.create("k", a=1)
     await completed()
     async with await psycopg.AsyncConnection.connect(client.url, autocommit=True) as connection:
-        await connection.execute("update idempotency_guards set fingerprint = %s", (reserialised(create_request(a=1)),))
+        await connection.execute(
+            "update idempotency_guards set fingerprint = %s", (earlier_fingerprint_of(create_request(a=1)),)
+        )
     stub.lose_all()
     assert await client.create("k", a=1) == first + " replayed"
     await completed()
@@ -585,6 +587,16 @@ async def test_near_answers_need_nobody(client: Client, own_postgres: Postgres) 
     first = await client.create("k", a=1)
     own_postgres.stop()
     assert await client.create("k", a=1) == first + " replayed"
+
+
+async def test_near_answers_of_another_timeline_are_forgotten(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.door = near_door(client)
+    call = client.call("CreateSession", create_request(a=1), "k")
+    first = await client.create("k", a=1)
+    known = client.door.known(call)
+    assert known is not None and (await known).decode() == first
+    monkeypatch.setattr(client.database, "timeline", client.database.timeline + 1)
+    assert client.door.known(call) is None
 
 
 async def test_an_answer_to_another_request_is_not_remembered(client: Client, own_postgres: Postgres) -> None:

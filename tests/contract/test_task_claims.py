@@ -33,6 +33,7 @@ from svckit.options import policies
 from svckit.telemetry import new_trace
 from tests.contract.rows import TENANT, insert, lock_scope, new_session, new_task
 from tests.contract.test_door import ACTOR
+from tests.oracle import eventually
 
 Connection = psycopg.AsyncConnection[Any]
 METHOD = "/orchestrator.controller.v1.TaskService/ClaimTasks"
@@ -235,7 +236,14 @@ class Worker:
         return outcomes
 
     async def claim(
-        self, key: str = "", *, max_tasks: int = 1, seconds: float = 30, role: str = "coder", tenant: str = TENANT
+        self,
+        key: str = "",
+        *,
+        max_tasks: int = 1,
+        seconds: float = 30,
+        wait: float = 0,
+        role: str = "coder",
+        tenant: str = TENANT,
     ) -> list[str]:
         """The ids of the tasks it gets."""
         request = ClaimTasksRequest(role=role, max_tasks=max_tasks)
@@ -250,7 +258,7 @@ class Worker:
             admission=Admission(1000, 1000),
             request=request,
         )
-        command = ClaimTasks(actor=actor, role=role, max_tasks=max_tasks, wait_seconds=0)
+        command = ClaimTasks(actor=actor, role=role, max_tasks=max_tasks, wait_seconds=wait)
         known = self.door.known(call)
         if known is None:
             known = self.claims.claim(command, call, lambda tasks: respond([task for task, _ in tasks]))
@@ -277,6 +285,18 @@ async def test_calls_at_the_same_time_share_a_transaction(
     before = len(worker.transactions)
     assert await asyncio.gather(*(worker.claim(f"key-{n}") for n in range(1, 40, 2))) == answers[1::2]
     assert len(worker.transactions) == before, "what was answered on this timeline is replayed from memory"
+
+
+async def test_a_poll_whose_retry_was_given_tasks_is_told_the_same(
+    connection: Connection, worker: Worker, session: Session
+) -> None:
+    poll = asyncio.create_task(worker.claim("k", wait=20))
+    await eventually(lambda: bool(worker.claims._sleepers))
+    [task] = await fill(connection, session, 1)
+    assert await worker.claim("k") == [str(task.id)]
+    before = len(worker.transactions)
+    assert await poll == [str(task.id)]
+    assert len(worker.transactions) == before
 
 
 async def test_tenants_share_nothing(connection: Connection, worker: Worker, session: Session) -> None:

@@ -5,24 +5,32 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf import field_mask_pb2
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
-from svckit.auth import AGENT
+from svckit.auth import AGENT, OPERATE
 from tests.client import METHODS, PLANNER, WORKER, Agent, Tenant, full_method, struct
 from tests.oracle import Tables
+from tests.system.pair import Pair
 
 METHOD = sessions_pb.DESCRIPTOR.services_by_name["SessionService"].methods_by_name["CreateSession"]
 VISIBLE = {chr(code) for code in range(33, 127)}
+
+
+@pytest.fixture
+def near_replays(shared_pair: Pair) -> Callable[[], float]:
+    """How many answers the controller has given from its own memory."""
+    return lambda: shared_pair.metric("controller", "orchestrator_near_replays_total")
 
 
 def is_good(key: str) -> bool:
@@ -88,8 +96,15 @@ async def test_a_retry_needs_the_rights_of_a_first_call(tenant: Tenant, tables: 
     other = await agent("b", PLANNER).ask(request, key="k")
     assert other.ok and not other.replayed and other.body != first.body
 
+    operator = tenant.agent("operator", roles=(), permissions=(AGENT, OPERATE))
+    assert (await operator.ask(request, key="k")).ok
+    without = await tenant.agent("operator", roles=(), permissions=(AGENT,)).ask(request, key="k")
+    assert without.refusal == ("PERMISSION_DENIED", "ROLE_NOT_HELD")
 
-async def test_a_remembered_answer_is_given_to_the_same_content_only(agent: Agent, tables: Tables) -> None:
+
+async def test_a_remembered_answer_is_given_to_the_same_content_only(
+    agent: Agent, tables: Tables, near_replays: Callable[[], float]
+) -> None:
     parts = [struct({name: value}).SerializeToString() for name, value in (("a", 1), ("b", "x"), ("b", "y"))]
 
     def request(*order: int) -> sessions_pb.CreateSessionRequest:
@@ -100,11 +115,36 @@ async def test_a_remembered_answer_is_given_to_the_same_content_only(agent: Agen
     first = await agent.ask(request(0, 1), key="k")
     assert first.ok and not first.replayed
     with tables.unchanged(agent.tenant):
-        again = await agent.ask(request(1, 0), key="k")
-        assert again.replayed and again.body == first.body
+        before = near_replays()
+        for order in ((0, 1), (1, 0)):
+            again = await agent.ask(request(*order), key="k")
+            assert again.replayed and again.body == first.body
+        assert near_replays() == before + 2
         assert (await agent.ask(request(0, 2), key="k")).refusal == ("FAILED_PRECONDITION", "IDEMPOTENCY_KEY_REUSED")
         late = await agent.ask(request(0, 1), key="k", metadata=[("idempotency-first-sent", "yesterday")])
         assert late.refusal == ("INVALID_ARGUMENT", "IDEMPOTENCY_FIRST_SENT_INVALID")
+        for keys in (("k", "k"), ("k", "x"), ("x", "k")):
+            twice = await agent.ask(request(0, 1), metadata=[("idempotency-key", key) for key in keys])
+            assert twice.refusal == ("INVALID_ARGUMENT", "IDEMPOTENCY_KEY_INVALID")
+        assert near_replays() == before + 2
+
+
+async def test_a_field_that_is_no_part_of_the_fingerprint_is_looked_at_all_the_same(tenant: Tenant) -> None:
+    agent = tenant.agent()
+    session = (await agent.ask(sessions_pb.CreateSessionRequest(agent_role=PLANNER), key="s")).response.session.id
+    route = tasks_pb.RouteTaskRequest(session_id=session, type="ROUTING", target_role=WORKER)
+    assert (await agent.ask(route, key="t")).ok
+
+    def claim(wait: int) -> tasks_pb.ClaimTasksRequest:
+        return tasks_pb.ClaimTasksRequest(role=WORKER, max_tasks=1, wait=Duration(seconds=wait))
+
+    first = await agent.ask(claim(1), key="k")
+    assert len(first.response.tasks) == 1
+    for wait in (1, 2):
+        again = await agent.ask(claim(wait), key="k")
+        assert again.replayed and again.body == first.body
+    for wait in (-1, 31):
+        assert (await agent.ask(claim(wait), key="k")).refusal == ("INVALID_ARGUMENT", "FIELD_INVALID")
 
 
 async def test_a_key_of_ten_megabytes(agent: Agent, tenant: Tenant, tables: Tables) -> None:

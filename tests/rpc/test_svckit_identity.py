@@ -9,6 +9,7 @@ import random
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from structlog.testing import capture_logs
 
 from svckit import errors
-from svckit.auth import SERVICE, ServiceProfile, TokenSigner, TokenVerifier
+from svckit.auth import SERVICE, Principal, ServiceProfile, TokenSigner, TokenVerifier
 from svckit.jwks import MAX_WAITING, JwksCache, StaticKeys
 from tests.oracle import eventually
 from tests.rpc.svckit_parts import (
@@ -275,6 +276,27 @@ async def test_roles_and_permissions(issuer: FakeIssuer) -> None:
     named: Any = {"https://x.example/roles": ["a.b"]}
     principal = await flat.verify(issuer.token(**named))
     assert principal.roles == {"a.b"}
+
+
+def test_a_digest_stands_for_the_caller_and_its_rights() -> None:
+    one = Principal("i", "t", "s", frozenset({"a", "b"}), frozenset({"p"}), "o", 100.0)
+    assert replace(one, roles=frozenset(["b", "a"]), expires_at=200.0).digest == one.digest
+    others = [
+        replace(one, issuer="j"),
+        replace(one, tenant="u"),
+        replace(one, subject="r"),
+        replace(one, issuer="it", tenant=""),
+        replace(one, tenant="s", subject="t"),
+        replace(one, roles=frozenset({"a"})),
+        replace(one, roles=frozenset({"a,b"})),
+        replace(one, roles=frozenset({"a", "b", "p"}), permissions=frozenset()),
+        replace(one, permissions=frozenset()),
+        replace(one, permissions=frozenset({"p", "q"})),
+        replace(one, on_behalf_of=""),
+        replace(one, subject="\U0001f600"),
+        replace(one, subject="\ud83d\ude00"),
+    ]
+    assert len({one.digest, *(other.digest for other in others)}) == 1 + len(others)
 
 
 async def test_keycloak_tokens_are_told_apart_by_their_typ_claim(issuer: FakeIssuer) -> None:

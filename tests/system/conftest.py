@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 import pytest_asyncio
-from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local.issuer import Issuer
 from deploy.local.processes import LOOPBACK, free_port
@@ -37,16 +35,7 @@ def repeated(short: int, soak: int) -> pytest.MarkDecorator:
 
 def metric(world: World, service: str, name: str, **labels: str) -> float:
     """The value of a service's metric now; 0 while it has none with these labels."""
-    port = world.pair.metrics_ports[service]
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://{LOOPBACK}:{port}/metrics") as answer:
-        text = answer.read().decode()
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == name and sample.labels == labels
-    )
+    return world.pair.metric(service, name, **labels)
 
 
 def show(what: str, number: int, of: int) -> None:

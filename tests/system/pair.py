@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from deploy.local import services
 from deploy.local.issuer import Issuer
-from deploy.local.processes import ROOT, free_port
+from deploy.local.processes import LOOPBACK, ROOT, free_port
 from tests.system.failpoints import Failpoints
 
 
@@ -96,6 +99,18 @@ class Pair:
     def idempotency_target(self) -> str:
         """Where idempotency_svc listens."""
         return self.services["idempotency"].target
+
+    def metric(self, service: str, name: str, **labels: str) -> float:
+        """The value of a service's metric now; 0 while it has none with these labels."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{LOOPBACK}:{self.metrics_ports[service]}/metrics") as answer:
+            text = answer.read().decode()
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and sample.labels == labels
+        )
 
     def start(self, *names: str, health: str = "") -> None:
         """Start these services (all when none is named) and return when each is ready.

@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_tools import protoc
 
 from controller_svc.convert import struct_to_dict
-from controller_svc.fingerprint import fingerprints_of, reserialised, same_request
+from controller_svc.fingerprint import earlier_fingerprint_of, fingerprints_of, same_request
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
 from tests.client import spans
@@ -630,12 +630,12 @@ def test_requests_are_the_same_when_any_kind_is() -> None:
 
 def test_a_digest_of_an_earlier_version_is_that_of_the_deterministic_serialisation() -> None:
     poll = [tasks_pb.ClaimTasksRequest(role="r", wait=spans(seconds)) for seconds in (1, 2)]
-    assert reserialised(poll[0]) == reserialised(poll[1])
-    assert reserialised(poll[0]) != reserialised(tasks_pb.ClaimTasksRequest(role="s"))
+    assert earlier_fingerprint_of(poll[0]) == earlier_fingerprint_of(poll[1])
+    assert earlier_fingerprint_of(poll[0]) != earlier_fingerprint_of(tasks_pb.ClaimTasksRequest(role="s"))
     assert poll[0].wait.seconds == 1
     one = example()
-    assert reserialised(one) != reserialised(sessions_pb.CreateSessionRequest())
-    assert reserialised(one).hex() == "fd53483307f815a500a2c83548be743ad36aba79bb201151e217f9e561597d70"
+    assert earlier_fingerprint_of(one) != earlier_fingerprint_of(sessions_pb.CreateSessionRequest())
+    assert earlier_fingerprint_of(one).hex() == "fd53483307f815a500a2c83548be743ad36aba79bb201151e217f9e561597d70"
 
 
 def example() -> sessions_pb.CreateSessionRequest:

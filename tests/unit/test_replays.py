@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from google.protobuf.struct_pb2 import Struct
 
-from controller_svc.replays import OVERHEAD, Asked, Replays
+from controller_svc.replays import OVERHEAD, NearKey, Replays
 from tests.client import struct
 
 MINE = struct({"a": 1}).SerializeToString() + struct({"b": "x"}).SerializeToString()
@@ -17,33 +17,33 @@ ENCODED_ANEW = struct({"b": "x"}).SerializeToString() + struct({"a": 1}).Seriali
 OTHER = struct({"a": 1, "b": "y"}).SerializeToString()
 
 
-def asked(number: int, principal: bytes = b"p" * 32, method: str = "/a.Service/Method") -> Asked:
-    return Asked(principal, method, f"{number:030}")
+def key(number: int, principal: bytes = b"p" * 32, method: str = "/a.Service/Method") -> NearKey:
+    return NearKey(principal, method, f"{number:030}")
 
 
-ENTRY = OVERHEAD + len(asked(0).key) + len(MINE)
+ENTRY = OVERHEAD + len(key(0).idempotency_key) + len(MINE)
 """What an entry without an answer counts."""
 
 
 def put(replays: Replays, number: int, answer: bytes = b"", *, expires: float = 100, timeline: int = 0) -> None:
-    replays.put(asked(number), MINE, answer, expires=expires, timeline=timeline)
+    replays.put(key(number), MINE, answer, expires=expires, timeline=timeline)
 
 
-def get(replays: Replays, what: Asked, raw: bytes, now: float = 0) -> bytes | None:
+def get(replays: Replays, what: NearKey, raw: bytes, now: float = 0) -> bytes | None:
     return replays.get(what, raw, Struct.FromString(raw), now)
 
 
 def kept(replays: Replays, number: int, now: float = 0) -> bytes | None:
-    return get(replays, asked(number), MINE, now)
+    return get(replays, key(number), MINE, now)
 
 
 def test_the_same_request_is_answered_and_another_is_not() -> None:
     replays = Replays(10_000)
     put(replays, 1, b"one")
     put(replays, 2, b"two")
-    assert get(replays, asked(1), MINE) == get(replays, asked(1), ENCODED_ANEW) == b"one"
-    assert get(replays, asked(1), OTHER) is None
-    assert get(replays, asked(3), MINE) is None
+    assert get(replays, key(1), MINE) == get(replays, key(1), ENCODED_ANEW) == b"one"
+    assert get(replays, key(1), OTHER) is None
+    assert get(replays, key(3), MINE) is None
     assert kept(replays, 1) == b"one"
     assert kept(replays, 2) == b"two"
 
@@ -51,8 +51,8 @@ def test_the_same_request_is_answered_and_another_is_not() -> None:
 def test_another_caller_or_method_is_not_answered() -> None:
     replays = Replays(10_000)
     put(replays, 1, b"one")
-    assert get(replays, asked(1, principal=b"q" * 32), MINE) is None
-    assert get(replays, asked(1, method="/a.Service/Other"), MINE) is None
+    assert get(replays, key(1, principal=b"q" * 32), MINE) is None
+    assert get(replays, key(1, method="/a.Service/Other"), MINE) is None
 
 
 def test_an_empty_answer_is_an_answer() -> None:
@@ -65,7 +65,7 @@ def test_an_answer_ends_at_its_time_and_frees_its_bytes() -> None:
     replays = Replays(10_000)
     put(replays, 1, b"one", expires=50)
     assert kept(replays, 1, now=49.999) == b"one"
-    assert get(replays, asked(1), OTHER, 50) is None
+    assert get(replays, key(1), OTHER, 50) is None
     assert (replays.bytes, len(replays)) == (0, 0)
     assert kept(replays, 1, now=49) is None
 
@@ -83,7 +83,7 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     for number in (1, 2, 3):
         put(replays, number, b"0123456789")
     assert kept(replays, 1) is not None
-    assert get(replays, asked(2), OTHER) is None  # asking for something else is no use of it
+    assert get(replays, key(2), OTHER) is None  # asking for something else is no use of it
     put(replays, 4, b"0123456789")
     assert [kept(replays, number) is not None for number in (1, 2, 3, 4)] == [True, False, True, True]
     put(replays, 1, b"0123456789")
@@ -154,8 +154,8 @@ def test_the_overhead_covers_what_python_needs() -> None:
     """Else the bound would be one on paper only."""
     replays = Replays(1 << 30)
     put(replays, 1, b"")
-    entry = replays._entries[asked(1)]
-    parts = (asked(1), asked(1).principal, entry.expires, entry)
+    entry = replays._entries[key(1)]
+    parts = (key(1), key(1).principal, entry.expires, entry)
     headers = 2 * sys.getsizeof(b"") + sys.getsizeof("")  # of request and answer, and of the key
     of_table = (sys.getsizeof(filled(10_000)._entries) - sys.getsizeof(filled(0)._entries)) / 10_000
     assert headers + sum(map(sys.getsizeof, parts)) + of_table <= OVERHEAD
