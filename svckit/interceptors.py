@@ -1,4 +1,4 @@
-"""THE way of a call into a service: telemetry, errors, admission, auth, parse, replay, servicer."""
+"""THE way of a call into a service: telemetry, errors, admission, auth, parse, servicer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Step = Callable[["Call"], Awaitable[Any]]
     Replay = Callable[["Call"], Awaitable[bytes] | None]
 
-LAYERS = ("telemetry", "errors", "admission", "auth", "parse", "replay", "servicer")
+LAYERS = ("telemetry", "errors", "admission", "auth", "parse", "servicer")
 """The order in which a call meets them, outermost first; Chain composes by this tuple."""
 
 MAX_SECONDS = 30.0
@@ -167,8 +167,8 @@ class Chain(grpc.GenericRpcHandler):
                 behaviour = self._compose(policy, parse, _stream_servicer(method), self._admission_of_stream)
                 handler = grpc.unary_stream_rpc_method_handler(behaviour)
             else:
-                known = replay if policy.write is WriteMode.GUARDED else None
-                behaviour = self._compose(policy, parse, _unary_servicer(method), self._admission, known)
+                step = _unary_servicer(method, replay if policy.write is WriteMode.GUARDED else None)
+                behaviour = self._compose(policy, parse, step, self._admission)
                 handler = grpc.unary_unary_rpc_method_handler(behaviour)
             self._handlers[policy.full_method] = handler
 
@@ -205,7 +205,6 @@ class Chain(grpc.GenericRpcHandler):
         parse: Callable[[bytes], Any] | None,
         servicer: Step,
         admission: Callable[[Step], Step] | None,
-        replay: Replay | None = None,
     ) -> Callable[[Any, Context], Awaitable[Any]]:
         """The behaviour gRPC calls. admission: that layer; none for what a full server must answer too, as health."""
         layers: dict[str, Callable[[Step], Any]] = {
@@ -214,7 +213,6 @@ class Chain(grpc.GenericRpcHandler):
             "admission": lambda inner: admission(inner) if admission else inner,
             "auth": lambda inner: self._auth(policy.permission, inner) if policy.permission else inner,
             "parse": lambda inner: _parse(policy.max_request_bytes, parse, inner) if parse else inner,
-            "replay": lambda inner: _replay(replay, inner) if replay else inner,
             "servicer": lambda inner: inner,
         }
         step: Any = servicer
@@ -486,24 +484,10 @@ def _parse(limit: int, parse: Callable[[bytes], Any], inner: Step) -> Step:
     return layer
 
 
-def _replay(replay: Replay, inner: Step) -> Step:
-    """Answer what needs no servicer."""
-
-    def layer(call: Call) -> Awaitable[Any]:
-        answer = replay(call)
-        return inner(call) if answer is None else told(call, answer)
-
-    async def told(call: Call, answer: Awaitable[bytes]) -> bytes:
-        body = await answer
-        call.context.set_trailing_metadata(call.trailers)
-        return body
-
-    return layer
-
-
-def _unary_servicer(method: Callable[[Any, Call], Awaitable[Any]]) -> Step:
+def _unary_servicer(method: Callable[[Any, Call], Awaitable[Any]], replay: Replay | None) -> Step:
     async def servicer(call: Call) -> bytes:
-        answer = await method(call.request, call)
+        known = replay(call) if replay else None
+        answer: Any = await (method(call.request, call) if known is None else known)
         if call.trailers:
             call.context.set_trailing_metadata(call.trailers)
         return answer if type(answer) is bytes else answer.SerializeToString()

@@ -99,7 +99,7 @@ async def test_answers_and_hands_the_call_over(stage: Stage) -> None:
 
 
 def test_order_by_name() -> None:
-    assert LAYERS == ("telemetry", "errors", "admission", "auth", "parse", "replay", "servicer")
+    assert LAYERS == ("telemetry", "errors", "admission", "auth", "parse", "servicer")
 
 
 async def test_nothing_is_parsed_for_a_stranger(stage: Stage) -> None:
