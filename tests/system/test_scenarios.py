@@ -251,11 +251,12 @@ async def test_a_failover_that_lost_the_record(
             assert told.ok, str(told)
             await is_recorded(servers.first, told, agents[number % 2], key)
             await asyncio.to_thread(servers.fail_over)
+            # Before the controllers reach it: a completion of theirs that is under way stores the answer again.
+            assert not has_record(servers.first, told), "it was to be lost"
             servers.link.heal()
             servers.link.cut()
             world.proxies["redis"].to = (LOOPBACK, urlsplit(servers.first.url).port or 0)
             world.proxies["redis"].cut()
-            assert not has_record(servers.first, told), "it was to be lost"
             await eventually(lambda: is_healthy(*agents))
             for agent in agents:
                 again = await agent.ask(create(key), key=key)
