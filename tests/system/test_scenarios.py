@@ -372,7 +372,7 @@ async def test_an_owner_that_stands_still(
         show(f"ended by {ended_by}", number + 1, rounds)
     if ended_by == "its time":
         released = int(metric(world, "controller-2", "orchestrator_claims_total", outcome="takeover") - takeovers)
-    assert released > rounds / 2, "too few claims were in time for the run to count"
+    assert released >= rounds / 2, "too few claims were in time for the run to count"
     assert world.tables.sessions(tenant.name) == world.tables.audits(tenant.name) == rounds + 1
     world.tables.check()
 
