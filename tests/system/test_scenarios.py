@@ -758,7 +758,7 @@ async def test_without_postgres_what_redis_knows_is_replayed(
             try:
                 for agent in agents:
                     await eventually(lambda agent=agent: is_without_postgres(agent))  # type: ignore[misc]
-                    again = await agent.ask(create(key), key=key)
+                    again = await agent.insist(create(key), key=key)  # only Redis can answer
                     assert again.said == known.said and again.replayed
                     new = await agent.ask(create("new"), key=f"new-{number}")
                     assert new.refusal == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
