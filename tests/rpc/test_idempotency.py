@@ -106,7 +106,7 @@ async def controller(shared: services.Service, service_keys: ServiceKeys) -> Asy
 @pytest.fixture
 async def service(own_valkey: Valkey, service_keys: ServiceKeys, tmp_path: Path) -> AsyncIterator[services.Service]:
     """A service of this test's own, on a server of its own."""
-    own = start(own_valkey.url, service_keys, tmp_path)
+    own = start(own_valkey.url, service_keys, tmp_path, REDIS_TIMEOUT_MILLIS="5000")
     yield own
     own.kill()
 
@@ -392,7 +392,8 @@ async def test_readiness_follows_redis(service: services.Service, own_controller
     await until_health(service, "SERVING")
     answer = await own_controller.ask(request(item))
     assert answer.response.outcomes[0].acquired.epoch == 1, "the record outlived Redis, and the nonce still owns it"
-    assert service.output().count('"redis_away"') == 1
+    warnings = [line for line in service.output().splitlines() if '"redis_away"' in line and '"warning"' in line]
+    assert len(warnings) == 1, "its cause may change, which is no warning"
 
 
 async def test_it_starts_without_redis(own_valkey: Valkey, service_keys: ServiceKeys, tmp_path: Path) -> None:
