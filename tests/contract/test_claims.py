@@ -89,7 +89,7 @@ class Stub:
 @pytest.fixture
 async def stub(redis_url: str) -> AsyncIterator[Stub]:
     """A cache on an empty Redis."""
-    cache = RedisCache(redis_url)
+    cache = RedisCache(redis_url, timeout=5)  # the loop stands still while a test stops its Postgres
     await cache.start()
     yield Stub(IdempotencyServicer(cache), redis_url)
     await cache.stop()
