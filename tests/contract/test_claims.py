@@ -22,7 +22,7 @@ from controller_svc import idempotency, mutation
 from controller_svc.claims import Claims
 from controller_svc.core.tasks import ClaimTasks, TaskMutations
 from controller_svc.fingerprint import earlier_fingerprint_of
-from controller_svc.idempotency import COMPLETE_GATHER, MAX_ANSWER_BYTES, Idempotency
+from controller_svc.idempotency import MAX_ANSWER_BYTES, Idempotency
 from controller_svc.mutation import Door, Lifetimes
 from controller_svc.store.write import write
 from deploy.local.servers import Postgres
@@ -105,9 +105,10 @@ async def client(own_postgres: Postgres, stub: Stub) -> AsyncIterator[Client]:
         yield client
 
 
-async def completed() -> None:
-    """Lets completions arrive."""
-    await asyncio.sleep(10 * COMPLETE_GATHER)
+async def completed(client: Client) -> None:
+    """Lets completions arrive, and whatever else is on its way."""
+    await client.door.close()
+    await client.door._idempotency._ends.drained()
 
 
 async def foreign_claim(stub: Stub, item: pb.ClaimItem, *, lease_millis: int, digest: bytes | None = None) -> None:
@@ -129,13 +130,13 @@ async def scope_item(client: Client, stub: Stub, key: str, **data: Any) -> pb.Cl
     with pytest.raises(Exception, match="DATABASE_UNAVAILABLE"):
         await client.create(key, **data)
     client.database._component = ready
-    await completed()
+    await completed(client)
     return stub.claims[-1]
 
 
 async def test_a_replay_needs_no_postgres(client: Client, stub: Stub, own_postgres: Postgres) -> None:
     first = await client.create("k", a=1)
-    await completed()
+    await completed(client)
     own_postgres.stop()
     assert await client.create("k", a=1) == first + " replayed"
     assert stub.outcomes == ["acquired", "replay"]
@@ -183,7 +184,7 @@ async def test_a_call_in_line_learns_its_answer_by_being_announced(
     client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await client.create("k", a=1)
-    await completed()
+    await completed(client)
     client.door.replayed = 0.0
     with a_write_under_way(monkeypatch) as there:
         other = asyncio.create_task(client.create("other"))
@@ -198,7 +199,7 @@ async def test_an_announcement_leaves_alone_who_claims_by_itself_now(
 ) -> None:
     """Settled here, it would go on all the same when its own claim is lost, and take slots that nobody gives back."""
     first = await client.create("k", a=1)
-    await completed()
+    await completed(client)
     held: list[mutation.Attempt] = []
     monkeypatch.setattr(client.door, "_start", held.append)
     call = asyncio.create_task(client.create("k", a=1))
@@ -223,7 +224,7 @@ async def test_an_announced_call_whose_caller_left_gives_its_key_back(
             await asyncio.sleep(0.01)
         leaving.cancel()
     await other
-    await completed()
+    await completed(client)
     await foreign_claim(stub, stub.claims[-1], lease_millis=1000)
     assert stub.outcomes[-1] == "acquired"
     assert await client.rows("select count(*) from sessions") == [(1,)]
@@ -234,7 +235,7 @@ async def test_frequent_replays_make_claims_go_first(client: Client, stub: Stub)
     first = await client.create("k", a=1)
     while client.door.replayed <= mutation.CLAIM_FIRST:
         assert await client.create("k", a=1) == first + " replayed"
-    await completed()
+    await completed(client)
     stub.outcomes.clear()
     assert await client.create("k", a=1) == first + " replayed"
     assert stub.outcomes == ["replay"]
@@ -323,7 +324,7 @@ async def test_what_is_sent_again_keeps_its_key(client: Client, stub: Stub, monk
 
     monkeypatch.setattr(mutation, "write", losing)
     await client.create("k", seconds=1, a=1)
-    await completed()
+    await completed(client)
     assert stub.claims[-1].lease_millis <= 3000
     [extended] = stub.extended
     assert (extended.scope, extended.nonce) == (stub.claims[-1].scope, stub.claims[-1].nonce)
@@ -386,7 +387,7 @@ async def test_a_record_of_an_earlier_version_is_compared_by_its_one_fingerprint
     with pytest.raises(FailedPrecondition, match="IDEMPOTENCY_KEY_REUSED"):
         await client.create("k", a=2)
     first = await client.create("k", a=1)
-    await completed()
+    await completed(client)
     assert await client.create("k", a=1) == first + " replayed"
 
 
@@ -414,7 +415,7 @@ async def test_a_release_out_of_reach_is_told_again(
     async with asyncio.timeout(10):
         while told.count(told[0]) < (2 if whole else 3):
             await asyncio.sleep(0.01)
-    await completed()
+    await completed(client)
     await foreign_claim(stub, item, lease_millis=1000)
     assert stub.outcomes[-1] == "acquired"
 
@@ -441,7 +442,7 @@ async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_non
         return claims.claim(command, call, lambda tasks: b"%d" % len(tasks))
 
     assert await claim(20) == b"0"
-    await completed()
+    await completed(client)
     await foreign_claim(stub, stub.claims[-1], lease_millis=60_000)
     with pytest.raises(Aborted, match="IDEMPOTENCY_IN_PROGRESS"):
         await claim(0.3)
@@ -473,7 +474,7 @@ async def test_who_has_left_does_not_count_among_those_who_wait(
 async def test_busy_looks_at_the_guard_first(client: Client, stub: Stub) -> None:
     """Its owner may have died between COMMIT and Complete."""
     first = await client.create("k", a=1)
-    await completed()
+    await completed(client)
     item = stub.claims[-1]
     stub.lose_all()
     await foreign_claim(stub, item, lease_millis=60_000)
@@ -501,7 +502,7 @@ async def test_an_answer_that_a_failover_lost_is_not_replayed(
     own_postgres.start()
     await ready(client)
     lost = await client.create("k", a=1)
-    await completed()
+    await completed(client)
     assert await client.create("k", a=1) == lost + " replayed"
 
     own_postgres.stop()
@@ -518,7 +519,7 @@ async def test_an_answer_that_a_failover_lost_is_not_replayed(
     again = await create_when_there(client)
     assert again != lost
     assert stub.outcomes[-1] == "replay"
-    await completed()
+    await completed(client)
     assert await client.create("k", a=1) == again + " replayed"
     assert await client.rows("select count(*) from sessions") == [(1,)]
     own_postgres.stop()
@@ -554,7 +555,7 @@ async def test_an_answer_over_the_limit_is_replayed_from_its_guard(size: int, cl
     big = "x" * size
     client.answer_suffix = big
     first = await client.create("k", a=1)
-    await completed()
+    await completed(client)
     assert await client.create("k", a=1) == first + " replayed"
     assert stub.outcomes == ["acquired", "replay"]
     assert first.endswith(big)
@@ -563,14 +564,14 @@ async def test_an_answer_over_the_limit_is_replayed_from_its_guard(size: int, cl
 
 async def test_a_guard_of_an_earlier_version_is_compared_by_its_one_fingerprint(client: Client, stub: Stub) -> None:
     first = await client.create("k", a=1)
-    await completed()
+    await completed(client)
     async with await psycopg.AsyncConnection.connect(client.url, autocommit=True) as connection:
         await connection.execute(
             "update idempotency_guards set fingerprint = %s", (earlier_fingerprint_of(create_request(a=1)),)
         )
     stub.lose_all()
     assert await client.create("k", a=1) == first + " replayed"
-    await completed()
+    await completed(client)
     assert await client.create("k", a=1) == first + " replayed", "its record has kind 1 alone"
     with pytest.raises(FailedPrecondition, match="IDEMPOTENCY_KEY_REUSED"):
         await client.create("k", a=2)
