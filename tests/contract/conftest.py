@@ -73,7 +73,7 @@ def audit(database: Database) -> Audit:
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Valkey]:
     """A server for this test alone, of each engine."""
     binary = redis_binary(request.param)
-    server = Valkey(tmp_path / "redis", port=free_port(), log=tmp_path / "redis.log", binary=binary)
+    server = Valkey(tmp_path / "redis", port=free_port(), log=tmp_path / "redis.log", binary=binary, durable=False)
     server.start()
     yield server
     server.child.kill()
