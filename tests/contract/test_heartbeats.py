@@ -193,22 +193,28 @@ async def test_many_heartbeats_at_once_are_all_counted(
 
 
 async def test_a_lease_that_ends_while_the_heartbeat_waits_is_lost(
-    connection: Connection, heartbeats: Heartbeats, tasks: Tasks, session: Session, database_url: str, beat: Beat
+    connection: Connection, heartbeats: Heartbeats, session: Session, database: Database, database_url: str, beat: Beat
 ) -> None:
-    task = running(session, lease_expire_time=datetime.now(UTC) + timedelta(seconds=1.5))
+    task = running(session)
     await insert(connection, task)
+    await let_wait(database)
     async with await psycopg.AsyncConnection.connect(database_url) as holding:
-        await holding.execute("select from tasks for no key update")
-        # It waits for the row less than a heartbeat may, and the lease ends meanwhile.
-        assert task.lease_expire_time is not None
-        await asyncio.sleep((task.lease_expire_time - datetime.now(UTC)).total_seconds() - 0.08)
+        await holding.execute("select from tasks where id = %s for no key update", (task.id,))
         waiting = asyncio.create_task(beat(heartbeats, task))
-        await asyncio.sleep(0.14)
-        await holding.execute("update tasks set description = 'moved, so that the condition is looked at again'")
+        while not await waiting_for_locks(connection):
+            await asyncio.sleep(0)
+        # After the heartbeat's transaction has begun, and before it gets the row.
+        await holding.execute("update tasks set lease_expire_time = clock_timestamp() where id = %s", (task.id,))
         await holding.commit()
     with pytest.raises(FailedPrecondition) as caught:
         await waiting
     assert caught.value.reason == "LEASE_LOST"
+
+
+async def let_wait(database: Database) -> None:
+    """Lets the next heartbeat that goes alone wait for its row for as long as the test needs."""
+    async with database.beating_alone() as connection:
+        await connection.execute("set lock_timeout = '30s'")
 
 
 async def test_heartbeats_at_the_same_time_share_a_statement(
@@ -273,11 +279,12 @@ async def test_a_held_row_delays_no_other_heartbeats(
 
 
 async def test_a_lease_that_is_being_extended_is_not_lost(
-    connection: Connection, heartbeats: Heartbeats, tasks: Tasks, session: Session
+    connection: Connection, heartbeats: Heartbeats, session: Session, database: Database
 ) -> None:
     """What a snapshot says of its end may be over: a commit may wait for a standby longer than the lease lasts."""
     task = running(session, lease_expire_time=datetime.now(UTC) - timedelta(seconds=1))
     await insert(connection, task)
+    await let_wait(database)
     async with connection.transaction():
         await connection.execute(
             "update tasks set lease_expire_time = now() + interval '9 s' where id = %s", (task.id,)
