@@ -234,6 +234,7 @@ async def test_a_command_alone_waits_for_its_row_but_not_for_ever(connection: Co
         await other.execute("select from sessions where id = %s for update", (held.id,))
         with pytest.raises(psycopg.errors.LockNotAvailable):
             await outcomes(connection, command, wait=True)
+    await connection.execute("set lock_timeout = '30s'")
     async with other.transaction() as transaction:
         await other.execute("update sessions set metadata = '{}' where id = %s", (held.id,))
         waiting = asyncio.create_task(outcomes(connection, command, wait=True))
@@ -247,6 +248,7 @@ async def test_what_a_waiting_command_was_decided_on_must_still_hold_when_it_get
 ) -> None:
     held = await session_in(connection)
     command = write_of(activated(held))
+    await connection.execute("set lock_timeout = '30s'")
     async with other.transaction():
         await other.execute("update sessions set version = version + 1 where id = %s", (held.id,))
         waiting = asyncio.create_task(outcomes(connection, command, wait=True))
@@ -258,6 +260,7 @@ async def test_what_a_waiting_command_was_decided_on_must_still_hold_when_it_get
 async def test_a_scope_won_while_it_was_waited_for_is_lost(connection: Connection, other: Connection) -> None:
     mine = write_of(created())
     theirs = write_of(created(), scope=mine.scope)
+    await connection.execute("set lock_timeout = '30s'")
     async with other.transaction():
         assert await outcomes(other, theirs) == [Outcome.WON]
         waiting = asyncio.create_task(outcomes(connection, mine, wait=True))
