@@ -5,6 +5,7 @@
 Wraps the functions below before the service is imported. A passage of a failpoint looks at the file FAILPOINT_FILE: a
 line `name action nth seconds` there arms one failpoint, `Failpoints` writes it. The nth passage after that disarms it,
 notes the hit in FAILPOINT_FILE.hits, waits `seconds`, and acts. CLOCK_OFFSET (seconds) moves the process' wall clock.
+Claims have a second: tests wait for who has met one, which after 50 ms of standing still nobody would.
 """
 
 from __future__ import annotations
@@ -218,6 +219,10 @@ def main(service: str) -> None:
         time.time = lambda: real() + offset
     # In the order of the table: a function that others import by name is wrapped before they do.
     install(service, _Armed(Path(os.environ[FILE])))
+    if service == "controller_svc":
+        from controller_svc import idempotency
+
+        idempotency.CLAIM_SECONDS = 1.0
     sys.argv = [service]
     runpy.run_module(service, run_name="__main__", alter_sys=True)
 

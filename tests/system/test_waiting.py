@@ -140,7 +140,7 @@ async def test_owner_dies_while_others_wait(rounds: int, world: World, tenant: T
         assert answers[0].ok
         assert sum(not answer.replayed for answer in answers) == 1, "one of those who waited was promoted"
         assert claims("acquired") == acquired + 1
-        # None if the owner's claim took longer than 50 ms, and did not arrive before its end.
+        # None if the owner's claim took longer than a second, and did not arrive before its end.
         assert claims("takeover") - takeovers in (0, 1)
         await asyncio.to_thread(world.pair.start, "controller")
         show("owner killed", number + 1, rounds)
