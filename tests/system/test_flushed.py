@@ -22,6 +22,9 @@ from tests.system.conftest import World, metric, repeated, show
 
 CREATE = pb.CreateSessionRequest.FromString(request("create"))
 PAUSE = 0.1
+CALLERS = 64
+BUSY = "rpc error: code = Unavailable desc = The database did not answer in time."
+"""As ghz says it, of a call in flight for which a process that stood still for a second found no connection."""
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +44,20 @@ class Ghz:
         self._protoset.write_bytes(protoset())
 
     async def run(self, name: str, target: str, *limits: str) -> Counter[str]:
-        """How many calls ended in each code."""
+        """How many calls were OK, and how many were told each error."""
         made: dict[str, Any] = config("create", TOKEN=self._token)
         made["metadata"]["idempotency-key"] = f"{name}-{{{{.RequestNumber}}}}"
         files = [self._folder / f"{name}-{target.rpartition(':')[2]}.{kind}" for kind in ("json", "output")]
         files[0].write_text(json.dumps(made))
         process = await asyncio.create_subprocess_exec(
-            self._program, "--config", str(files[0]), "--protoset", str(self._protoset), "-c", "64", *limits,
+            self._program, "--config", str(files[0]), "--protoset", str(self._protoset), "-c", str(CALLERS), *limits,
             "-O", "json", "-o", str(files[1]), target,
             cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         said, _ = await process.communicate()
         assert process.returncode == 0, said.decode()
-        codes: Counter[str] = Counter(json.loads(files[1].read_text())["statusCodeDistribution"])
-        return codes
+        report = json.loads(files[1].read_text())
+        return Counter(OK=report["statusCodeDistribution"]["OK"]) + Counter(report["errorDistribution"])
 
 
 async def asked_again(agents: Sequence[Agent], keys: Sequence[str]) -> set[str]:
@@ -82,7 +85,7 @@ async def test_redis_is_flushed_at_half_the_rate_of_load(
     began = time.monotonic()
     borne = await ghz.run("full", targets[0], "-z", "3s", "--duration-stop=wait")
     full = borne["OK"] / (time.monotonic() - began)
-    assert set(borne) == {"OK"}
+    assert set(borne) <= {"OK", BUSY} and borne[BUSY] <= CALLERS
 
     count = str(round(full / 4 * (PAUSE * rounds + 1)))
     runs = asyncio.gather(*(ghz.run("half", target, "--rps", str(round(full / 4)), "-n", count) for target in targets))
@@ -94,12 +97,14 @@ async def test_redis_is_flushed_at_half_the_rate_of_load(
             connection.flushall()
             await asyncio.sleep(PAUSE)
             show("FLUSHALL", number + 1, rounds)
-    codes = await runs
+    codes = sum(await runs, Counter())
     rate = 2 * int(count) / (time.monotonic() - began)
     print(f"{full:.0f} creates/s borne; {rate:.0f}/s under FLUSHALL: {codes}; {forgotten} records forgotten")
 
-    assert codes == [Counter(OK=int(count))] * 2
+    assert codes["OK"] + codes[BUSY] == codes.total() == 2 * int(count) and codes[BUSY] <= 2 * CALLERS
     assert forgotten > 0
+    for number in range(int(count) if codes[BUSY] else 0):
+        await agents[0].insist(CREATE, key=f"half-{number}")
     made = borne["OK"] + int(count)
     assert (world.tables.sessions(tenant.name), world.tables.audits(tenant.name)) == (made, made)
     keys = [f"half-{number}" for number in range(0, int(count), max(1, int(count) // 100))]

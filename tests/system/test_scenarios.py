@@ -198,9 +198,11 @@ async def test_redis_forgets_under_retried_writes(fault: str, rounds: int, world
     await history.settle()
     await history.again()
     of_state = ("OK", "FAILED_PRECONDITION")
-    strange = [str(call) for call in history.calls if call.answer and call.answer.code.name not in of_state]
+    refused = [call for call in history.calls if call.answer and call.answer.code.name not in of_state]
+    # A process that stands still for a second finds no connection for some of the calls in flight.
+    strange = [str(call) for call in refused if call.answer and call.answer.reason != "DATABASE_BUSY"]
     print(f"{dict(history.verdicts())}, {rate:.0f} calls/s, {harmed} forgotten")
-    assert not strange, "a refusal is one of the session's state; nothing else is told"
+    assert not strange and len(refused) <= 64, "a refusal is one of the session's state; nothing else is told"
     history.enough(20, {fault: harmed})
     history.check(world.tables)
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
 
 from deploy.local.issuer import Issuer
 from orchestrator.controller.v1 import audit_service_pb2 as audit_pb
 from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
 from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
-from tests.client import PLANNER, Agent, Tenant, spans, struct
+from tests.client import PLANNER, Agent, Answer, Tenant, spans, struct
 from tests.oracle import eventually
 from tests.system.conftest import World
 
@@ -39,6 +40,12 @@ async def agents(world: World, issuer: Issuer) -> AsyncIterator[Two]:
     tenant = Tenant(issuer, first)
     yield tenant.agent(connections=2), tenant.agent(target=second, connections=2)
     await tenant.close()
+
+
+async def told(agent: Agent, request: Message, key: str) -> Answer:
+    """The answer, asked for again if a process stood still for a second, and found no connection for the call."""
+    answer = await agent.ask(request, key=key)
+    return await agent.insist(request, key=key) if answer.reason == "DATABASE_BUSY" else answer
 
 
 def tenant_of(world: World, session: sessions_pb.Session) -> str:
@@ -86,7 +93,7 @@ async def test_one_key_at_both_at_once(fast_path: bool, world: World, agents: Tw
         )
         before = world.tables.audits(tenant)
         answers = await asyncio.gather(
-            *(agent.ask(request, key=f"k{n}") for _ in range(20) for agent in agents for request in requests)
+            *(told(agent, request, f"k{n}") for _ in range(20) for agent in agents for request in requests)
         )
         for kind in range(3):
             assert len({answer.said for answer in answers[kind::3]}) == 1
