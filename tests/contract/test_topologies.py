@@ -355,10 +355,12 @@ async def test_a_primary_away(cluster: Cluster, fault: signal.Signals) -> None:
         [record] = await cache.get([GetItem(scopes[-1])])
         assert record is not None
 
-        while (outcomes := await claims(cache, scopes, OTHER))[0] == AWAY:
-            assert outcomes[4:] == kept[4:]
+        late = 0
+        while (outcomes := await claims(cache, scopes, OTHER)) != kept:
+            assert all(outcome in (AWAY, known) for outcome, known in zip(outcomes, kept, strict=True))
+            late += AWAY in outcomes[4:]
             await asyncio.sleep(0.02)
-        assert outcomes == kept
+        assert late < 5, "no more than a second's standing still costs"
         await until(lambda: cluster.primary_of(0) is not victim)  # whichever node is asked has heard of it
         await until(lambda: metric("orchestrator_redis_up") == 1)
         assert metric("orchestrator_redis_slots_away") == 0
