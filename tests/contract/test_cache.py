@@ -519,7 +519,7 @@ async def test_records_end_with_their_time_to_live(cache: Cache, raw: redis.asyn
 
 
 async def test_exactly_one_of_ten_thousand_concurrent_claims_acquires(redis_url: str) -> None:
-    async with cache_on(redis_url, timeout=5) as one, cache_on(redis_url, timeout=5) as two:  # 32 connections each
+    async with cache_on(redis_url, timeout=60) as one, cache_on(redis_url, timeout=60) as two:  # 32 connections each
         scope = new_scope()
         claims = [claim((one, two)[number % 2], scope, os.urandom(16)) for number in range(10_000)]
         outcomes = Counter(type(outcome) for outcome in await asyncio.gather(*claims))
