@@ -53,8 +53,6 @@ from tests.rpc.svckit_parts import (
     user_verifier,
 )
 
-NOW = int(time.time())
-
 
 @pytest.fixture
 def issuer() -> Iterator[FakeIssuer]:
@@ -64,10 +62,17 @@ def issuer() -> Iterator[FakeIssuer]:
 
 
 @pytest.fixture
-async def live(issuer: FakeIssuer) -> AsyncIterator[tuple[Any, Probe]]:
+def now() -> int:
+    """When `live` takes all calls to be made."""
+    return int(time.time())
+
+
+@pytest.fixture
+async def live(issuer: FakeIssuer, now: int) -> AsyncIterator[tuple[Any, Probe]]:
     probe = Probe()
+    verifier = TokenVerifier(user_verifier(issuer).keys, profile(issuer.url), clock=lambda: now)
     async with (
-        serving(user_verifier(issuer), (PROBE, probe)) as (_, address),
+        serving(verifier, (PROBE, probe)) as (_, address),
         grpc.aio.insecure_channel(address) as channel,
     ):
         yield ask(channel), probe
@@ -84,9 +89,8 @@ def unsigned(algorithm: str, payload: dict[str, Any]) -> str:
     return (b64(header) + b"." + b64(json.dumps(payload).encode()) + b".").decode()
 
 
-def good_tokens(issuer: FakeIssuer) -> dict[str, str]:
+def good_tokens(issuer: FakeIssuer, now: int) -> dict[str, str]:
     make = issuer.token
-    now = int(time.time())
     return {
         "RS256": make(),
         "RS512 by a key published without alg": make(header={"algorithm": "RS512"}),
@@ -109,14 +113,14 @@ def good_tokens(issuer: FakeIssuer) -> dict[str, str]:
     }
 
 
-async def test_good_tokens(live: tuple[Any, Probe], issuer: FakeIssuer) -> None:
+async def test_good_tokens(live: tuple[Any, Probe], issuer: FakeIssuer, now: int) -> None:
     call, _ = live
-    for name, token in good_tokens(issuer).items():
+    for name, token in good_tokens(issuer, now).items():
         assert (await call(Text(value=name), metadata=bearer(token), timeout=5)).value == f"{name}!"
         assert (await call(Text(value=name), metadata=bearer(token), timeout=5)).value == f"{name}!"
 
 
-def forged_tokens(issuer: FakeIssuer) -> dict[str, str]:
+def forged_tokens(issuer: FakeIssuer, now: int) -> dict[str, str]:
     """T2 to T17 of the threat table; all of them are answered alike."""
     make = issuer.token
     good = claims(issuer.url)
@@ -125,7 +129,6 @@ def forged_tokens(issuer: FakeIssuer) -> dict[str, str]:
     pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     head, body, signature = token.split(".")
-    now = int(time.time())
     deep = b"[" * 100000 + b"]" * 100000
     kids: list[Any] = ["../../etc/passwd", "' OR 1=1 --", "k" * 4000, 7, None, [], {"a": 1}, ""]
     audiences: list[Any] = [..., [], "idempotency_svc", "orchestra", "orchestrators", ["account"], None, 1, {}, [[]]]
@@ -200,9 +203,9 @@ def forged_tokens(issuer: FakeIssuer) -> dict[str, str]:
     }
 
 
-async def test_forged_tokens(live: tuple[Any, Probe], issuer: FakeIssuer) -> None:
+async def test_forged_tokens(live: tuple[Any, Probe], issuer: FakeIssuer, now: int) -> None:
     call, probe = live
-    for name, token in forged_tokens(issuer).items():
+    for name, token in forged_tokens(issuer, now).items():
         refusal = await refused(call(Text(), metadata=bearer(token), timeout=5))
         assert refusal.reason == "UNAUTHENTICATED TOKEN_INVALID", name
         assert refusal.message == "a valid bearer token is required", name
@@ -212,9 +215,8 @@ async def test_forged_tokens(live: tuple[Any, Probe], issuer: FakeIssuer) -> Non
     assert issuer.hits == 1, "no forged token caused a second fetch"
 
 
-async def test_expired(live: tuple[Any, Probe], issuer: FakeIssuer) -> None:
+async def test_expired(live: tuple[Any, Probe], issuer: FakeIssuer, now: int) -> None:
     call, _ = live
-    now = int(time.time())
     refusal = await refused(call(Text(), metadata=bearer(issuer.token(exp=now - 31, iat=now - 60)), timeout=5))
     assert refusal.reason == "UNAUTHENTICATED TOKEN_EXPIRED"
     assert refusal.message == "a valid bearer token is required"
