@@ -361,7 +361,7 @@ async def test_an_owner_that_stands_still(
             assert (await agents[1].ask(create("first"), key="first")).said == first_answer.said
         # Late enough for it to be announced; a lease is two seconds longer than what its caller has left.
         failpoints.arm("before-write", "stop", seconds=0.3)
-        timeout = 0.5 if ended_by == "its time" else 30
+        timeout = 2 if ended_by == "its time" else 30
         stopped = asyncio.create_task(agents[0].ask(create(key), key=key, timeout=timeout))
         try:
             await eventually(lambda: is_stopped(first.pid))
@@ -442,7 +442,7 @@ async def test_an_owner_that_stands_still_in_its_transaction(
         seen, met = world.tables.audits(tenant.name), met_another(world)
         with commits_held(world, tenant) as release:
             # Nobody ends the lease of an owner that is not heard of: a short call has a short one.
-            timeout = 30 if ends == "commits" else 0.5
+            timeout = 30 if ends == "commits" else 2
             stopped = asyncio.create_task(agents[0].ask(request, key=key, timeout=timeout))
             ((pid,),) = await eventually(lambda: world.tables.rows(HELD))
             first.send(signal.SIGSTOP)
