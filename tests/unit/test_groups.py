@@ -159,7 +159,7 @@ async def test_a_burst_after_lone_ones_reaches_its_size_at_once() -> None:
 
 async def test_a_lone_item_is_kept_where_nobody_waits_for_it() -> None:
     recorder = Recorder()
-    groups = Groups("test", recorder.work, recorder.failed, gather=0.05, eager=False)
+    groups = Groups("test", recorder.work, recorder.failed, gather=0.5, eager=False)
     await asyncio.gather(*(item.done for item in await put_one_by_one(groups, "a")))
     for item in (both := [Item("b")]):
         groups.put(item)
