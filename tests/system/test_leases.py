@@ -19,7 +19,7 @@ async def test_the_task_of_a_killed_worker_is_claimed_by_another(world: World, t
     """While it beats, its lease holds; killed, another gets the task, and what comes late is refused."""
     agent, doomed = tenant.agent("alive"), tenant.agent("doomed")
     session = await agent.create()
-    task = await agent.route(session.id, lease_timeout=spans(3))
+    task = await agent.route(session.id, lease_timeout=spans(6))
     worker = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.system.worker", world.pair.controller_target, doomed.token or "", WORKER,
         stdout=asyncio.subprocess.PIPE,
@@ -29,7 +29,7 @@ async def test_the_task_of_a_killed_worker_is_claimed_by_another(world: World, t
         async with asyncio.timeout(60):
             task_id, lease_id = (await worker.stdout.readline()).decode().split()
         assert task_id == task.id
-        assert await agent.claim(wait=5) == [], "a lease that is extended does not end"
+        assert await agent.claim(wait=9) == [], "a lease that is extended does not end"
         held = await agent.task(task.id)
         assert (state(held), held.attempt, held.lease_holder) == ("RUNNING", 1, "doomed")
     finally:
@@ -64,7 +64,7 @@ async def test_the_task_of_a_killed_worker_is_claimed_by_another(world: World, t
 async def test_lost_leases_use_up_the_attempts(world: World, tenant: Tenant) -> None:
     agent = tenant.agent()
     session = await agent.create()
-    tasks = [await agent.route(session.id, lease_timeout=spans(3), max_attempts=2) for _ in range(30)]
+    tasks = [await agent.route(session.id, lease_timeout=spans(6), max_attempts=2) for _ in range(30)]
     for attempt in (1, 2):
         given: list[str] = []
         while len(given) < len(tasks):
