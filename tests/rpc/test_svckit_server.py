@@ -28,7 +28,7 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from deploy.local.processes import free_port
+from deploy.local.processes import free_port, port_is_free
 from svckit.auth import ServiceProfile, TokenSigner, TokenVerifier
 from svckit.client import ClientTls, open_channel
 from svckit.config import ServiceSettings
@@ -594,6 +594,8 @@ async def test_a_busy_port_in_process(issuer: FakeIssuer) -> None:
 
 async def test_processes_share_the_port_and_end_together(keys: Path, program_signer: TokenSigner) -> None:
     metrics = free_port()
+    while not port_is_free(metrics + 1):  # the second process' own: free_port() gives it to others
+        metrics = free_port()
     program = Program(keys, free_port(), PROCESSES="2", METRICS_PORT=str(metrics))
     lines = [await asyncio.to_thread(program.line, "serving") for _ in range(2)]
     assert {line["metrics_port"] for line in lines} == {metrics, metrics + 1}
