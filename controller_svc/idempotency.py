@@ -325,13 +325,13 @@ class Idempotency:
         while True:
             nothing = pb.ReleaseRequest(items=[pb.ReleaseItem(scope=os.urandom(32), nonce=os.urandom(16))])
             try:
-                await self._stub.Release(nothing, timeout=PROBE_TIMEOUT)
+                response = await self._stub.Release(nothing, timeout=PROBE_TIMEOUT)
+                if response.outcomes[0].result != pb.ReleaseOutcome.RESULT_AWAY:
+                    break
             except grpc.aio.AioRpcError as error:
                 self._away(error)
             except Exception:
                 log.exception("looking for idempotency_svc failed")
-            else:
-                break
             await asyncio.sleep(PROBE_SECONDS)
         self._probe = None
         if not self._component.up:

@@ -420,6 +420,35 @@ async def test_a_release_out_of_reach_is_told_again(
     assert stub.outcomes[-1] == "acquired"
 
 
+async def test_a_redis_that_is_late_for_the_probe_too_is_not_back(
+    client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """idempotency_svc answers by itself while it is in doubt."""
+    monkeypatch.setattr(idempotency, "PROBE_SECONDS", 0.05)
+    service = client.door._idempotency
+    up: list[bool] = []
+    claim, release = stub.Claim, stub.Release
+
+    async def late(request: pb.ClaimRequest, *, timeout: float) -> pb.ClaimResponse:
+        monkeypatch.setattr(stub, "Claim", claim)
+        nothing = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, nothing, nothing)
+
+    async def away_twice(request: pb.ReleaseRequest, *, timeout: float) -> pb.ReleaseResponse:
+        up.append(service.up)
+        if len(up) > 2:
+            return await release(request, timeout=timeout)
+        return pb.ReleaseResponse(outcomes=[pb.ReleaseOutcome(result=pb.ReleaseOutcome.RESULT_AWAY)])
+
+    monkeypatch.setattr(stub, "Claim", late)
+    monkeypatch.setattr(stub, "Release", away_twice)
+    await client.create("k")
+    async with asyncio.timeout(10):
+        while not service.up:
+            await asyncio.sleep(0.01)
+    assert up == [False, False, False]
+
+
 async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_none(
     client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
