@@ -308,13 +308,12 @@ class Idempotency:
             log.error("idempotency_svc refused a batch", code=error.code().name, detail=error.details())
             return
         if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-            self._away(error)
+            self._away(_told(error))
         if self._probe is None:
             self._probe = asyncio.create_task(self._recover())
 
-    def _away(self, error: grpc.aio.AioRpcError) -> None:
+    def _away(self, detail: str) -> None:
         if self._component.up:
-            detail = f"{error.code().name}: {error.details()}"
             log.warning("idempotency_svc away: going on with Postgres alone", detail=detail)
             self._component = Component(False, detail, datetime.now(UTC))
             DEGRADED.set(1)
@@ -322,14 +321,18 @@ class Idempotency:
     async def _recover(self) -> None:
         """Asks for something harmless that takes the whole way, token and Redis included, until it is answered."""
         assert self._stub is not None
+        late = 0
         while True:
             nothing = pb.ReleaseRequest(items=[pb.ReleaseItem(scope=os.urandom(32), nonce=os.urandom(16))])
             try:
                 response = await self._stub.Release(nothing, timeout=PROBE_TIMEOUT)
                 if response.outcomes[0].result != pb.ReleaseOutcome.RESULT_AWAY:
                     break
+                late += 1
+                if late > 1:  # the first may have met the one primary of a cluster that is away
+                    self._away("Redis does not answer in time")
             except grpc.aio.AioRpcError as error:
-                self._away(error)
+                self._away(_told(error))
             except Exception:
                 log.exception("looking for idempotency_svc failed")
             await asyncio.sleep(PROBE_SECONDS)
@@ -338,6 +341,10 @@ class Idempotency:
             self._component = Component(True, "", datetime.now(UTC))
             DEGRADED.set(0)
             log.info("idempotency_svc back")
+
+
+def _told(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {error.details()}"
 
 
 def _fill_fingerprints(item: pb.ClaimItem | pb.CompleteItem, packed: bytes) -> None:

@@ -426,7 +426,8 @@ async def test_a_redis_that_is_late_for_the_probe_too_is_not_back(
     """idempotency_svc answers by itself while it is in doubt."""
     monkeypatch.setattr(idempotency, "PROBE_SECONDS", 0.05)
     service = client.door._idempotency
-    up: list[bool] = []
+    in_use: list[bool] = []
+    known: list[bool | None] = []
     claim, release = stub.Claim, stub.Release
 
     async def late(request: pb.ClaimRequest, *, timeout: float) -> pb.ClaimResponse:
@@ -435,8 +436,9 @@ async def test_a_redis_that_is_late_for_the_probe_too_is_not_back(
         raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, nothing, nothing)
 
     async def away_twice(request: pb.ReleaseRequest, *, timeout: float) -> pb.ReleaseResponse:
-        up.append(service.up)
-        if len(up) > 2:
+        in_use.append(service.up)
+        known.append(service.component().up)
+        if len(known) > 2:
             return await release(request, timeout=timeout)
         return pb.ReleaseResponse(outcomes=[pb.ReleaseOutcome(result=pb.ReleaseOutcome.RESULT_AWAY)])
 
@@ -446,7 +448,9 @@ async def test_a_redis_that_is_late_for_the_probe_too_is_not_back(
     async with asyncio.timeout(10):
         while not service.up:
             await asyncio.sleep(0.01)
-    assert up == [False, False, False]
+    assert in_use == [False, False, False]
+    assert known == [True, True, False], "what lasts is an outage"
+    assert service.component().up
 
 
 async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_none(
