@@ -201,7 +201,7 @@ async def test_a_lease_that_ends_while_the_heartbeat_waits_is_lost(
     async with await psycopg.AsyncConnection.connect(database_url) as holding:
         await holding.execute("select from tasks where id = %s for no key update", (task.id,))
         waiting = asyncio.create_task(beat(heartbeats, task))
-        while not await waiting_for_locks(connection):
+        while not waiting.done() and not await waiting_for_locks(connection):
             await asyncio.sleep(0)
         # After the heartbeat's transaction has begun, and before it gets the row.
         await holding.execute("update tasks set lease_expire_time = clock_timestamp() where id = %s", (task.id,))
@@ -212,7 +212,7 @@ async def test_a_lease_that_ends_while_the_heartbeat_waits_is_lost(
 
 
 async def let_wait(database: Database) -> None:
-    """Lets the next heartbeat that goes alone wait for its row for as long as the test needs."""
+    """Lets the next heartbeat that goes alone wait for its row: on the pool's one connection, before there are more."""
     async with database.beating_alone() as connection:
         await connection.execute("set lock_timeout = '30s'")
 
@@ -290,7 +290,7 @@ async def test_a_lease_that_is_being_extended_is_not_lost(
             "update tasks set lease_expire_time = now() + interval '9 s' where id = %s", (task.id,)
         )
         beat = asyncio.create_task(heartbeat(heartbeats, task))
-        while not await waiting_for_locks(connection):
+        while not beat.done() and not await waiting_for_locks(connection):
             await asyncio.sleep(0)
     assert (await beat).lease_expire_time is not None
 

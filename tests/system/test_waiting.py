@@ -131,7 +131,7 @@ async def test_owner_dies_while_others_wait(rounds: int, world: World, tenant: T
         await replays(world, owner, *others)
         key, acquired, takeovers = secrets.token_hex(8), claims("acquired"), claims("takeover")
         failpoints.arm("before-write", "kill", seconds=0.3)
-        dying = asyncio.create_task(owner.ask(REQUEST, key=key, timeout=1))
+        dying = asyncio.create_task(owner.ask(REQUEST, key=key, timeout=2))
         await eventually(lambda: len(failpoints.hits) == started + number + 1)  # noqa: B023 - awaited here
         waiting = [asyncio.create_task(agent.ask(REQUEST, key=key)) for _ in range(50) for agent in others]
         assert not (await dying).ok
