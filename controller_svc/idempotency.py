@@ -44,6 +44,8 @@ COMPLETE_GATHER = 0.02
 """Seconds a completion waits for company. Who asks meanwhile finds the guard."""
 PROBE_SECONDS = 0.5
 PROBE_TIMEOUT = 0.25
+PROBE_SCOPES = 16
+"""Each may belong to another primary of a cluster: one that is away shall not pass for all of them."""
 MAX_PENDING = 10_000
 MAX_PENDING_BYTES = 64 << 20
 """Completions, releases and extensions that may wait. Past it they are dropped: the guard answers instead."""
@@ -323,18 +325,19 @@ class Idempotency:
         assert self._stub is not None
         late = 0
         while True:
-            nothing = pb.ReleaseRequest(items=[pb.ReleaseItem(scope=os.urandom(32), nonce=os.urandom(16))])
+            nothing = [pb.ReleaseItem(scope=os.urandom(32), nonce=os.urandom(16)) for _ in range(PROBE_SCOPES)]
             try:
-                response = await self._stub.Release(nothing, timeout=PROBE_TIMEOUT)
-                if response.outcomes[0].result != pb.ReleaseOutcome.RESULT_AWAY:
+                response = await self._stub.Release(pb.ReleaseRequest(items=nothing), timeout=PROBE_TIMEOUT)
+                if any(outcome.result != pb.ReleaseOutcome.RESULT_AWAY for outcome in response.outcomes):
                     break
                 late += 1
-                if late > 1:  # the first may have met the one primary of a cluster that is away
-                    self._away("Redis does not answer in time")
+                if late > 1:  # at the first, idempotency_svc may still be in doubt itself, for a fifth of a second
+                    self._away("Redis is away or late")
             except grpc.aio.AioRpcError as error:
                 self._away(_told(error))
-            except Exception:
+            except Exception as error:
                 log.exception("looking for idempotency_svc failed")
+                self._away(repr(error))
             await asyncio.sleep(PROBE_SECONDS)
         self._probe = None
         if not self._component.up:

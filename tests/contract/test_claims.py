@@ -17,6 +17,7 @@ import grpc
 import psycopg
 import pytest
 import redis
+from prometheus_client import REGISTRY
 
 from controller_svc import idempotency, mutation
 from controller_svc.claims import Claims
@@ -420,37 +421,57 @@ async def test_a_release_out_of_reach_is_told_again(
     assert stub.outcomes[-1] == "acquired"
 
 
-async def test_a_redis_that_is_late_for_the_probe_too_is_not_back(
-    client: Client, stub: Stub, monkeypatch: pytest.MonkeyPatch
+AWAY = pb.ReleaseOutcome(result=pb.ReleaseOutcome.RESULT_AWAY)
+FOUND = pb.ReleaseOutcome(result=pb.ReleaseOutcome.RESULT_ABSENT)
+
+
+@pytest.mark.parametrize(
+    ("answers", "degraded"),
+    [([[FOUND]], [0]), ([[AWAY], [AWAY], [AWAY, FOUND]], [0, 0, 1]), ([RuntimeError("broken"), [FOUND]], [0, 1])],
+    ids=["at once", "late twice, then a part of it", "a defect"],
+)
+async def test_what_the_probe_finds(
+    answers: list[list[pb.ReleaseOutcome] | Exception],
+    degraded: list[float],
+    client: Client,
+    stub: Stub,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """idempotency_svc answers by itself while it is in doubt."""
+    """idempotency_svc answers by itself, AWAY, while it is in doubt. No call claims before the probe is over."""
     monkeypatch.setattr(idempotency, "PROBE_SECONDS", 0.05)
     service = client.door._idempotency
     in_use: list[bool] = []
-    known: list[bool | None] = []
+    told: list[tuple[bool | None, float | None]] = []
     claim, release = stub.Claim, stub.Release
+
+    def gauge() -> float | None:
+        return REGISTRY.get_sample_value("orchestrator_idempotency_degraded")
 
     async def late(request: pb.ClaimRequest, *, timeout: float) -> pb.ClaimResponse:
         monkeypatch.setattr(stub, "Claim", claim)
         nothing = grpc.aio.Metadata()
         raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, nothing, nothing)
 
-    async def away_twice(request: pb.ReleaseRequest, *, timeout: float) -> pb.ReleaseResponse:
+    async def probed(request: pb.ReleaseRequest, *, timeout: float) -> pb.ReleaseResponse:
+        assert len({item.scope for item in request.items}) == len(request.items) > 8, "many, of any part of a cluster"
         in_use.append(service.up)
-        known.append(service.component().up)
-        if len(known) > 2:
-            return await release(request, timeout=timeout)
-        return pb.ReleaseResponse(outcomes=[pb.ReleaseOutcome(result=pb.ReleaseOutcome.RESULT_AWAY)])
+        told.append((service.component().up, gauge()))
+        if len(told) == len(answers):
+            monkeypatch.setattr(stub, "Release", release)
+        answer = answers[len(told) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return pb.ReleaseResponse(outcomes=answer)
 
     monkeypatch.setattr(stub, "Claim", late)
-    monkeypatch.setattr(stub, "Release", away_twice)
+    monkeypatch.setattr(stub, "Release", probed)
     await client.create("k")
     async with asyncio.timeout(10):
         while not service.up:
             await asyncio.sleep(0.01)
-    assert in_use == [False, False, False]
-    assert known == [True, True, False], "what lasts is an outage"
-    assert service.component().up
+    assert in_use == [False] * len(answers)
+    assert told == [(not number, number) for number in degraded], "what lasts is an outage"
+    assert (service.component().up, gauge()) == (True, 0)
 
 
 async def test_a_claim_of_tasks_whose_key_is_held_is_not_told_that_there_are_none(
