@@ -460,7 +460,10 @@ async def test_a_command_alone_whose_outcome_is_unknown_is_not_told_that_nothing
 
 
 async def _row_is_waited_for(client: Client) -> None:
-    waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    waiting = (
+        "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        " and application_name like 'controller_svc%'"
+    )
     async with asyncio.timeout(60):
         while await client.rows(waiting) == [(0,)]:
             await asyncio.sleep(0.01)

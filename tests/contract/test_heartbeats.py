@@ -195,7 +195,7 @@ async def test_many_heartbeats_at_once_are_all_counted(
 async def test_a_lease_that_ends_while_the_heartbeat_waits_is_lost(
     connection: Connection, heartbeats: Heartbeats, session: Session, database: Database, database_url: str, beat: Beat
 ) -> None:
-    task = running(session)
+    task = running(session, lease_expire_time=datetime.now(UTC) + HOUR)
     await insert(connection, task)
     await let_wait(database)
     async with await psycopg.AsyncConnection.connect(database_url) as holding:
@@ -203,6 +203,7 @@ async def test_a_lease_that_ends_while_the_heartbeat_waits_is_lost(
         waiting = asyncio.create_task(beat(heartbeats, task))
         while not waiting.done() and not await waiting_for_locks(connection):
             await asyncio.sleep(0)
+        assert not waiting.done()
         # After the heartbeat's transaction has begun, and before it gets the row.
         await holding.execute("update tasks set lease_expire_time = clock_timestamp() where id = %s", (task.id,))
         await holding.commit()
@@ -268,7 +269,7 @@ async def test_a_held_row_delays_no_other_heartbeats(
     async with connection.transaction():
         await connection.execute("select from tasks where id = %s for no key update", (held.id,))
         waiting = [asyncio.create_task(heartbeat(heartbeats, held)) for _ in range(30)]
-        while (await waiting_for_locks(connection)) < 2:
+        while (await waiting_for_locks(connection)) < 2 and not all(beat.done() for beat in waiting):
             await asyncio.sleep(0)
         for _ in range(10):
             await heartbeat(heartbeats, free)
@@ -299,6 +300,7 @@ async def waiting_for_locks(connection: Connection) -> int:
     await connection.execute("select pg_stat_clear_snapshot()")
     cursor = await connection.execute(
         "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        " and application_name like 'controller_svc%'"
     )
     [(number,)] = await cursor.fetchall()
     return int(number)

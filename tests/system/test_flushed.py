@@ -101,7 +101,8 @@ async def test_redis_is_flushed_at_half_the_rate_of_load(
     rate = 2 * int(count) / (time.monotonic() - began)
     print(f"{full:.0f} creates/s borne; {rate:.0f}/s under FLUSHALL: {codes}; {forgotten} records forgotten")
 
-    assert codes["OK"] + codes[BUSY] == codes.total() == 2 * int(count) and codes[BUSY] <= 2 * CALLERS
+    assert codes["OK"] + codes[BUSY] == codes.total() == 2 * int(count)
+    assert codes[BUSY] <= max(2 * CALLERS, codes.total() // 100)
     assert forgotten > 0
     for start in range(0, int(count) if codes[BUSY] else 0, CALLERS):
         keys = [f"half-{number}" for number in range(start, min(start + CALLERS, int(count)))]

@@ -25,8 +25,13 @@ REQUEST = sessions_pb.CreateSessionRequest(agent_role=PLANNER)
 
 @pytest.fixture(scope="module")
 def world(start_world: Callable[..., World]) -> World:
-    """Three controllers with failpoints, which ask idempotency_svc about every call."""
-    return start_world(controllers=3, failpoints=True, controller_env=NEAR_OFF)
+    """Three controllers with failpoints, which ask idempotency_svc about every call: Redis, too, may take a second."""
+    return start_world(
+        controllers=3,
+        failpoints=True,
+        controller_env=NEAR_OFF,
+        idempotency_env={"REDIS_TIMEOUT_MILLIS": "1000"},
+    )
 
 
 @pytest_asyncio.fixture
