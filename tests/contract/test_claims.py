@@ -456,8 +456,8 @@ async def test_what_the_probe_finds(
         assert len({item.scope for item in request.items}) == len(request.items) > 8, "many, of any part of a cluster"
         in_use.append(service.up)
         told.append((service.component().up, gauge()))
-        if len(told) == len(answers):
-            monkeypatch.setattr(stub, "Release", release)
+        if len(told) > len(answers):
+            return await release(request, timeout=timeout)
         answer = answers[len(told) - 1]
         if isinstance(answer, Exception):
             raise answer
