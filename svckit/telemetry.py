@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import select
 import sys
 from bisect import bisect_left
 from contextvars import ContextVar
 from random import getrandbits
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import structlog
-from prometheus_client import REGISTRY, Gauge
+from prometheus_client import REGISTRY, Counter, Gauge
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -139,9 +141,40 @@ WAITING = Gauge("orchestrator_rpc_waiting", "Long polls, waits for another's ans
 _VALUE_CHARS = 2000
 _TRACEBACK_CHARS = 20000
 
+LOST_LINES = Counter("orchestrator_log_lines_lost", "Log lines that stderr did not take at once.")
+
+
+class LogFile:
+    """Where log lines go: a write to it never raises and waits for nobody.
+
+    What cannot be written now is lost and counted, so that a full disk, or a reader that stands still or has gone,
+    costs log lines and no call. The line after one that was cut short begins anew.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self._torn = False
+
+    def write(self, line: str) -> None:
+        """Write a line, or as much of it as there is room for."""
+        whole = left = ("\n" * self._torn + line).encode(errors="backslashreplace")
+        try:
+            while left and self._poll.poll(0):
+                left = left[os.write(self._descriptor, left[: select.PIPE_BUF]) :]  # a pipe takes so many at once
+        except OSError:
+            pass
+        if left:
+            LOST_LINES.inc()
+        self._torn = bool(left) and (self._torn or left != whole)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
 
 def configure_logging(level: str, service: str) -> None:
-    """Send every log line of the process, also those of libraries, to stderr as one JSON object per line.
+    """Send every log line of the process, also those of libraries, to stderr (a LogFile), one JSON object per line.
 
     level: the lowest level that is written. service: put into each line, to tell the processes apart.
     """
@@ -156,13 +189,14 @@ def configure_logging(level: str, service: str) -> None:
         event["service"] = service
         return event
 
+    file = LogFile(sys.stderr.fileno())
     structlog.configure(
         processors=[*shared, add_service, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level.lower()),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", file)),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(file)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name, add_service],

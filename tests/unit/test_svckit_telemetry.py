@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from svckit.telemetry import RpcSeconds, new_trace
+from svckit.telemetry import LOST_LINES, LogFile, RpcSeconds, new_trace
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SPAN = "b7ad6b7169203331"
@@ -124,3 +126,53 @@ def test_log_lines_are_json_one_per_line() -> None:
 
 def test_importing_changes_no_logging() -> None:
     assert not any("structlog" in type(handler.formatter).__module__ for handler in logging.getLogger().handlers)
+
+
+@pytest.fixture
+def lost() -> Callable[[], float]:
+    """How many lines were lost since the last look."""
+    seen = 0.0
+
+    def look() -> float:
+        nonlocal seen
+        before, seen = seen, LOST_LINES._value.get()
+        return float(seen - before)
+
+    look()
+    return look
+
+
+def test_a_full_disk_costs_lines(lost: Callable[[], float]) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    file = LogFile(full)
+    for _ in range(3):
+        file.write("line\n")
+    assert lost() == 3
+    os.close(full)
+
+
+def test_a_reader_that_stands_still_costs_lines(lost: Callable[[], float]) -> None:
+    """Lines after those that were lost, or cut short, are whole."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    file = LogFile(writer)
+    lines = [f"{n} {'x' * 10_000}\n" for n in range(20)]
+    for line in lines:
+        file.write(line)
+    missing = lost()
+    assert 0 < missing < 20
+    taken = os.read(reader, 1 << 20).decode()
+    assert not taken.endswith("\n"), "a line was cut short"
+    file.write("after\n")
+    *kept, _, after = (taken + os.read(reader, 1 << 20).decode()).splitlines(keepends=True)
+    assert kept == lines[: 20 - int(missing)] and after == "after\n" and lost() == 0
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_reader_that_has_gone_costs_lines(lost: Callable[[], float]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    LogFile(writer).write("line\n")
+    assert lost() == 1
+    os.close(writer)
