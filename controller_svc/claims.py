@@ -28,6 +28,7 @@ from controller_svc.store.database import (
     FAILURES,
     confirmed,
     is_collision,
+    is_full,
     is_lock_timeout,
     is_unknown,
     refusal,
@@ -256,6 +257,9 @@ class Claims:
                 elif isinstance(error, PoolTimeout):
                     too_late = refusal(error)
                     continue
+                elif is_full(error):
+                    self._database.note_full(error)
+                    raise refusal(error) from error
                 elif ask.sent and is_unknown(error):
                     guard = await self._settled(attempt)
                     if guard is not None:

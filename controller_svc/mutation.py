@@ -33,6 +33,7 @@ from controller_svc.store.database import (
     confirmed,
     is_bad_data,
     is_collision,
+    is_full,
     is_lock_timeout,
     is_unknown,
     refusal,
@@ -847,6 +848,10 @@ class Door:
                     self._again(attempt, alone=True)
             if unsure:  # what holds the locks may be the first sending itself
                 await self._mend(unsure, OutcomeUnknownError("under way"), wait, until=until)
+        elif is_full(error):  # halves would only be told the same more often
+            self._database.note_full(error)
+            for attempt, _ in decided:
+                self._without_outcome(attempt, refusal(error))
         elif not is_unknown(error):
             if len(decided) == 1:
                 attempt = decided[0][0]

@@ -32,12 +32,15 @@ class StatusServicer:
         self._started = time.monotonic()
 
     async def GetStatus(self, request: pb.GetStatusRequest, call: Call) -> bytes:
-        """Without Postgres the service is unavailable, without the fast path degraded; one switched off is no fault."""
+        """Without Postgres the service is unavailable, without room in it or the fast path degraded.
+
+        A component that is switched off is no fault.
+        """
         database, idempotency = self._database.component(), self._idempotency.component()
         response = pb.GetStatusResponse(version=self._version, health=pb.HEALTH_HEALTHY)
         if not database.up:
             response.health = pb.HEALTH_UNAVAILABLE
-        elif idempotency.up is False:
+        elif database.detail or idempotency.up is False:
             response.health = pb.HEALTH_DEGRADED
         convert.fill_span(response.uptime, timedelta(seconds=time.monotonic() - self._started))
         convert.fill_component(response.postgres, database)

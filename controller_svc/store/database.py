@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from controller_svc.core.status import Component
 from controller_svc.store import arrays
 from controller_svc.store.migrate import MigrationError, migrate
 from controller_svc.store.read import read_rows
-from svckit.errors import Aborted, InvalidArgument, ServiceError, Unavailable
+from svckit.errors import Aborted, InvalidArgument, ResourceExhausted, ServiceError, Unavailable
 from svckit.groups import Asked, Groups
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
 """After which a connection in use is cut: `statement_timeout` ends no COMMIT, and no wait for a server that is gone."""
 STALE_SECONDS = 0.5
 """Within which a connection that was dead before it was used says so, as after a restart of Postgres: try another."""
+FULL_SECONDS = 5.0
+"""For which Postgres counts as full after it refused a statement for that reason."""
 LOCK_MILLISECONDS = 250
 """How long a statement that may wait (a command alone, a claim) waits for one lock."""
 
@@ -88,6 +90,7 @@ class Database:
         self.timeline = 0
         """Postgres' timeline as the newest connection found it."""
         self._offset: float | None = None
+        self._full, self._full_until = "", 0.0
         self._keeper: asyncio.Task[None] | None = None
         self._reads = self._pool("reads", 4)
         self._asks: Groups[_Ask] = Groups("read", self._read, _Ask.fail, lanes=2)
@@ -131,8 +134,15 @@ class Database:
         return bool(self._component.up)
 
     def component(self) -> Component:
-        """For StatusService."""
+        """For StatusService; up with a detail for as long as Postgres is known to be full."""
+        if self._component.up and time.monotonic() < self._full_until:
+            return replace(self._component, detail=self._full)
         return self._component
+
+    def note_full(self, error: Exception) -> None:
+        """Takes note of what `is_full` says of a statement."""
+        self._full, self._full_until = _first_line(error), time.monotonic() + FULL_SECONDS
+        log.error("postgres is full", detail=self._full)
 
     def now(self) -> datetime:
         """Postgres' clock: its last answer's time, carried on by this process's monotonic clock."""
@@ -182,6 +192,8 @@ class Database:
                 with watched(connection):
                     yield connection
         except psycopg.Error as error:
+            if is_full(error):
+                self.note_full(error)
             raise refusal(error) from error
 
     async def row(self, key: Key) -> Any:
@@ -229,8 +241,7 @@ class Database:
                     log.exception("keeping the connection to postgres failed")
                 if connected and isinstance(error, psycopg.Error):
                     continue  # a connection may end while Postgres goes on; only a refused new one says that it is away
-                text = str(error).strip()
-                self._tell(False, text.splitlines()[0] if text else type(error).__name__)
+                self._tell(False, _first_line(error))
                 await asyncio.sleep(PING_SECONDS)
 
     def _tell(self, up: bool, detail: str) -> None:
@@ -280,6 +291,11 @@ class Database:
                 "application_name": f"controller_svc {name}",
             },
         )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 async def timeline_of(connection: psycopg.AsyncConnection[Any]) -> int:
@@ -338,8 +354,13 @@ def is_unknown(error: BaseException) -> bool:
         state = error.sqlstate
         if state is None:
             return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
-        return state[:2] in ("08", "53", "57") or state == "40003"
+        return state[:2] in ("08", "57") or state == "40003"
     return isinstance(error, OutcomeUnknownError)
+
+
+def is_full(error: BaseException) -> bool:
+    """Postgres had no disk space or memory left for it (SQLSTATE class 53). It was rolled back."""
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith("53")
 
 
 def is_lock_timeout(error: BaseException) -> bool:
@@ -358,6 +379,10 @@ def refusal(error: BaseException) -> ServiceError:
     if is_bad_data(error):
         log.error("value refused by the database", error=str(error))
         return InvalidArgument("VALUE_REFUSED", "The database cannot store one of the request's values.")
+    if is_full(error):
+        return ResourceExhausted(
+            "DATABASE_FULL", "The database has no room left. Nothing was written; retry later.", retry_after=2.0
+        )
     if not is_unknown(error):
         log.error("refused by the database", sqlstate=getattr(error, "sqlstate", None), error=str(error))
     return unavailable()

@@ -15,7 +15,7 @@ from controller_svc.core.tasks import HeartbeatResult, lease_refusal
 from controller_svc.store.arrays import Jsons, Texts, Uuids
 from controller_svc.store.database import STALE_SECONDS, is_unknown, resource_busy
 from controller_svc.store.tasks import COLUMNS, from_row
-from svckit.errors import Aborted, ServiceError, Unavailable
+from svckit.errors import Aborted, ResourceExhausted, ServiceError, Unavailable
 from svckit.groups import Asked, Groups
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Heartbeats:
         try:
             result = await beat.answer
             return await self._beat_alone(beat) if result is None else result
-        except (Unavailable, Aborted) as error:
+        except (Unavailable, ResourceExhausted, Aborted) as error:
             if not beat.in_doubt:
                 raise
             raise Unavailable(
@@ -184,8 +184,8 @@ def _unanswered(beats: Sequence[_Beat]) -> list[_Beat]:
 
 
 def _failed(beat: _Beat, error: Exception) -> None:
-    """Tells that Postgres is away, busy or was lost. A value that it refused may be another's: this one goes alone."""
-    if isinstance(error, Unavailable):
+    """Tells what is no fault of one heartbeat. A value that Postgres refused may be another's: this one goes alone."""
+    if isinstance(error, (Unavailable, ResourceExhausted)):
         beat.fail(error)
     else:
         beat.give(None)

@@ -63,8 +63,8 @@ def start_world(
     """A function that starts a pair with a database and a Valkey of its own, for the rest of the module.
 
     `proxied` names what is reached through a proxy: `postgres`, `redis`, `idempotency`, `controller` (the first one;
-    its clients then use the proxy's target). `redis_binary` runs in place of Valkey. The other arguments are those of
-    Pair.
+    its clients then use the proxy's target). `redis_binary` runs in place of Valkey, `valkey_folder` has its files. The
+    other arguments are those of Pair.
     """
     started: list[World] = []
 
@@ -74,10 +74,12 @@ def start_world(
         controller_env: Mapping[str, str] | None = None,
         database_url: str = "",
         redis_binary: Path | None = None,
+        valkey_folder: Path | None = None,
         **settings: Any,
     ) -> World:
         directory = tmp_path_factory.mktemp("world")
-        valkey = Valkey(directory / "valkey", port=free_port(), log=directory / "valkey.log", binary=redis_binary)
+        folder = valkey_folder or directory / "valkey"
+        valkey = Valkey(folder, port=free_port(), log=directory / "valkey.log", binary=redis_binary)
         valkey.start()
         url, redis_url = database_url or new_database(), valkey.url
         proxies: dict[str, Proxy] = {}

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -582,11 +583,11 @@ async def _aborted(world: World, agent: Agent, session_id: str) -> tuple[Message
     return request, answer
 
 
-async def _defect(world: World, agent: Agent, session_id: str) -> tuple[Message, Answer]:
-    """The database refuses for a reason that nobody foresaw."""
+async def _refused(sqlstate: str, world: World, agent: Agent, session_id: str) -> tuple[Message, Answer]:
+    """The database refuses for a reason of its own."""
     world.tables.rows(
         "create function defect() returns trigger language plpgsql as"
-        " $$ begin raise exception 'defect' using errcode = 'XX000'; end $$"
+        f" $$ begin raise exception 'defect' using errcode = '{sqlstate}'; end $$"
     )
     world.tables.rows("create trigger defect before update on sessions for each row execute function defect()")
     request = update(session_id, "n")
@@ -612,7 +613,8 @@ UNKEPT: Mapping[str, Unkept] = {
     "CANCELLED": _cancelled,
     "ABORTED RESOURCE_BUSY": _busy,
     "ABORTED ETAG_MISMATCH": _aborted,
-    "UNAVAILABLE DATABASE_UNAVAILABLE": _defect,
+    "UNAVAILABLE DATABASE_UNAVAILABLE": partial(_refused, "XX000"),
+    "RESOURCE_EXHAUSTED DATABASE_FULL": partial(_refused, "53100"),
 }
 """What brings about each answer that says something of the moment only."""
 

@@ -168,6 +168,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """With `UNAVAILABLE`: the idempotency service, or its Redis, is away or switched off. Only methods about
     its records answer so: writes go on without it.
     """
+    ERROR_REASON_DATABASE_FULL: _ErrorReason.ValueType  # 44
+    """General, with `RESOURCE_EXHAUSTED`: Postgres has no disk space or memory left, and nothing was written.
+    Retry later.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons of errors. Every error of every service of this system carries a `google.rpc.ErrorInfo` with
@@ -327,5 +331,9 @@ if the call is still wanted.
 ERROR_REASON_IDEMPOTENCY_UNAVAILABLE: ErrorReason.ValueType  # 43
 """With `UNAVAILABLE`: the idempotency service, or its Redis, is away or switched off. Only methods about
 its records answer so: writes go on without it.
+"""
+ERROR_REASON_DATABASE_FULL: ErrorReason.ValueType  # 44
+"""General, with `RESOURCE_EXHAUSTED`: Postgres has no disk space or memory left, and nothing was written.
+Retry later.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

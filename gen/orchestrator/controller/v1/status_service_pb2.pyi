@@ -31,7 +31,7 @@ class _HealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Health.ValueTy
     """All components that the server is configured to use are up."""
     HEALTH_DEGRADED: _Health.ValueType  # 2
     """Calls succeed and take effect once, but retries cost more than they should: the idempotency service
-    is down.
+    is down. Or Postgres is up and full, as its detail says: reads succeed, and writes are refused.
     """
     HEALTH_UNAVAILABLE: _Health.ValueType  # 3
     """Calls are answered with `UNAVAILABLE`: Postgres is down. The server recovers by itself."""
@@ -45,7 +45,7 @@ HEALTH_HEALTHY: Health.ValueType  # 1
 """All components that the server is configured to use are up."""
 HEALTH_DEGRADED: Health.ValueType  # 2
 """Calls succeed and take effect once, but retries cost more than they should: the idempotency service
-is down.
+is down. Or Postgres is up and full, as its detail says: reads succeed, and writes are refused.
 """
 HEALTH_UNAVAILABLE: Health.ValueType  # 3
 """Calls are answered with `UNAVAILABLE`: Postgres is down. The server recovers by itself."""

@@ -1,0 +1,301 @@
+"""Disks that are full, and logs that nobody takes: what callers are told meanwhile, and that all goes on by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from google.protobuf.message import Message
+
+from deploy.local.issuer import Issuer
+from deploy.local.processes import free_port
+from deploy.local.servers import Postgres
+from orchestrator.controller.v1 import session_service_pb2 as sessions_pb
+from orchestrator.controller.v1 import status_service_pb2 as status_pb
+from orchestrator.controller.v1 import task_service_pb2 as tasks_pb
+from tests.client import PLANNER, WORKER, Agent, Answer, Tenant, struct
+from tests.conftest import ServiceKeys
+from tests.oracle import eventually
+from tests.system.conftest import NEAR_OFF, World, metric
+from tests.system.pair import Pair
+
+FULL = ("RESOURCE_EXHAUSTED", "DATABASE_FULL")
+
+
+class SmallDisk:
+    """A file system with little room, to be filled up and emptied."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def fill(self) -> None:
+        """Leave no room, but what the owners of the files have reserved already."""
+        with (self.folder / "filling").open("wb", buffering=0) as filling:
+            while True:
+                try:
+                    filling.write(bytes(65536))
+                except OSError:
+                    return
+
+    def empty(self) -> None:
+        """Give the room back."""
+        (self.folder / "filling").unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """160 MiB of memory as a file system; where none can be mounted, the test is skipped."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=160m,mode=0755", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def create(name: str) -> sessions_pb.CreateSessionRequest:
+    """A request that takes some room, and is the same for the same name."""
+    return sessions_pb.CreateSessionRequest(agent_role=PLANNER, metadata=struct({"name": name, "text": name * 100}))
+
+
+def new_name() -> str:
+    return secrets.token_hex(16)
+
+
+async def health(agent: Agent) -> str:
+    return status_pb.Health.Name((await agent.status()).health)
+
+
+async def becomes(agent: Agent, wanted: str) -> None:
+    async def is_wanted() -> bool:
+        return await health(agent) == wanted
+
+    await eventually(is_wanted)
+
+
+class TestPostgres:
+    """With all that Postgres has on the small disk."""
+
+    @pytest.fixture
+    def postgres(self, small_disk: SmallDisk, tmp_path: Path) -> Iterator[Postgres]:
+        server = Postgres(
+            small_disk.folder / "postgres", port=free_port(), log=tmp_path / "postgres.log", durable=False
+        )
+        server.start()
+        yield server
+        server.stop()
+
+    @pytest.fixture
+    def world(self, postgres: Postgres, start_world: Callable[..., World]) -> World:
+        return start_world(database_url=postgres.url, controller_env=NEAR_OFF)
+
+    async def test_writes_are_refused_at_once_and_reads_go_on(
+        self, world: World, tenant: Tenant, small_disk: SmallDisk
+    ) -> None:
+        agent = tenant.agent()
+        kept = new_name()
+        answers = {kept: await agent.insist(create(kept), key=kept)}
+        session = answers[kept].response.session
+        for _ in range(3):
+            await agent.route(session.id)
+        (claimed,) = (await agent.ask(tasks_pb.ClaimTasksRequest(role=WORKER), key=new_name())).response.tasks
+        small_disk.fill()
+        try:
+            while all(answer.ok for answer in answers.values()):
+                names = [new_name() for _ in range(16)]
+                told = await asyncio.gather(*(agent.ask(create(name), key=name, timeout=4) for name in names))
+                answers.update(zip(names, told, strict=True))
+            refused = [answer for answer in answers.values() if not answer.ok]
+            assert {answer.refusal for answer in refused} == {FULL}
+            assert all(answer.retry_after > 0 for answer in refused)
+
+            status = await agent.status()
+            assert status.health == status_pb.HEALTH_DEGRADED and "No space left" in status.postgres.detail
+            assert status.postgres.state == status_pb.Component.STATE_UP
+            assert (await agent.ask(sessions_pb.GetSessionRequest(session_id=session.id))).ok
+            assert (await agent.ask(sessions_pb.ListSessionsRequest())).ok
+            again = await agent.ask(create(kept), key=kept)
+            assert again.said == answers[kept].said and again.replayed
+            # These may find room in pages that there are.
+            for request, key in (
+                (tasks_pb.HeartbeatTaskRequest(task_id=claimed.task.id, lease_id=claimed.lease_id), ""),
+                (tasks_pb.ClaimTasksRequest(role=WORKER), "claim"),
+            ):
+                answer = await agent.ask(request, key=key, timeout=4)
+                assert answer.ok or answer.refusal == FULL
+        finally:
+            small_disk.empty()
+        for name, answer in answers.items():
+            again = await agent.insist(create(name), key=name)
+            assert again.ok and (not answer.ok or again.said == answer.said)
+        await becomes(agent, "HEALTH_HEALTHY")
+        assert world.tables.sessions(tenant.name) == len(answers)
+        world.tables.check()
+
+
+@contextmanager
+def no_room(world: World) -> Iterator[None]:
+    """While inside, Postgres refuses each change of a session or task as if it were full.
+
+    How often it did, the sequence `refused` tells.
+    """
+    rows = world.tables.rows
+    rows("create sequence refused")
+    rows(
+        "create function refuse() returns trigger language plpgsql as"
+        " $$ begin perform nextval('refused'); raise 'no room' using errcode = 'disk_full'; end $$"
+    )
+    for table in ("sessions", "tasks"):
+        rows(f"create trigger refuse before insert or update on {table} for each row execute function refuse()")
+    try:
+        yield
+    finally:
+        rows("drop function refuse cascade")
+
+
+async def test_every_write_is_told_that_nothing_was_written(world: World, tenant: Tenant) -> None:
+    agent = tenant.agent()
+    session = await agent.create()
+    for _ in range(3):
+        await agent.route(session.id)
+    (claimed,) = (await agent.ask(tasks_pb.ClaimTasksRequest(role=WORKER))).response.tasks
+    lease = {"task_id": claimed.task.id, "lease_id": claimed.lease_id}
+    requests: list[Message] = [
+        create("other"),
+        sessions_pb.ActivateSessionRequest(session_id=session.id),
+        tasks_pb.RouteTaskRequest(session_id=session.id, type="ROUTING", target_role=WORKER),
+        tasks_pb.ClaimTasksRequest(role=WORKER),
+        tasks_pb.HeartbeatTaskRequest(**lease, progress=struct({"half": "way"})),
+        tasks_pb.CompleteTaskRequest(**lease),
+    ]
+    before = world.tables.content(tenant.name)
+    with no_room(world):
+        for request in requests:
+            answer = await agent.ask(request, key=request.DESCRIPTOR.name)
+            assert answer.refusal == FULL and answer.retry_after > 0, f"{request}: {answer}"
+        refused = world.tables.one("select last_value from refused")
+        answers = await asyncio.gather(*(agent.ask(create(str(n)), key=str(n)) for n in range(64)))
+        assert {answer.refusal for answer in answers} == {FULL}
+        assert world.tables.one("select last_value from refused") < refused + 64, "a group is refused as a whole"
+        assert (await agent.status()).postgres.detail.startswith("no room")
+    assert world.tables.content(tenant.name) == before
+    for request in requests:
+        answer = await agent.insist(request, key=request.DESCRIPTOR.name)
+        assert answer.ok and not answer.replayed, f"{request}: {answer}"
+    await becomes(agent, "HEALTH_HEALTHY")
+
+
+class TestRedis:
+    """With all that Redis has on the small disk."""
+
+    @pytest.fixture
+    def world(self, small_disk: SmallDisk, start_world: Callable[..., World]) -> World:
+        return start_world(valkey_folder=small_disk.folder / "valkey", controller_env=NEAR_OFF)
+
+    async def test_it_costs_no_call(self, world: World, tenant: Tenant, small_disk: SmallDisk) -> None:
+        agent = tenant.agent()
+        answers: dict[str, Answer] = {}
+
+        async def write() -> None:
+            name = new_name()
+            answers[name] = await agent.ask(create(name), key=name)
+
+        async def is_degraded() -> bool:
+            await asyncio.gather(*(write() for _ in range(16)))
+            return await health(agent) == "HEALTH_DEGRADED"
+
+        await becomes(agent, "HEALTH_HEALTHY")
+        small_disk.fill()
+        try:
+            await eventually(is_degraded)
+            assert metric(world, "idempotency", "orchestrator_redis_errors_total", cause="misconf") > 0
+            for _ in range(20):
+                await write()
+        finally:
+            small_disk.empty()
+        await becomes(agent, "HEALTH_HEALTHY")
+        await write()
+        assert [str(answer) for answer in answers.values() if not answer.ok] == []
+        for name, answer in answers.items():
+            again = await agent.ask(create(name), key=name)
+            assert again.said == answer.said and again.replayed
+        assert world.tables.sessions(tenant.name) == world.tables.audits(tenant.name) == len(answers)
+
+
+class TestLogs:
+    """With a pair whose log lines nobody takes."""
+
+    @pytest.fixture
+    def start(
+        self,
+        new_database: Callable[..., str],
+        redis_url: str,
+        issuer: Issuer,
+        service_keys: ServiceKeys,
+        tmp_path: Path,
+    ) -> Iterator[Callable[[str], Pair]]:
+        """A function that starts a pair with its logs going where the shell is told."""
+        started: list[Pair] = []
+
+        def start(log: str) -> Pair:
+            pair = Pair(
+                database_url=new_database(),
+                redis_url=redis_url,
+                issuer=issuer,
+                service_key=service_keys.private,
+                directory=tmp_path,
+            )
+            for service in pair.services.values():
+                service.command = ("bash", "-c", f'exec "$@" 2> {log}', service.name, *service.command)
+            started.append(pair)
+            pair.start()
+            return pair
+
+        yield start
+        for pair in started:
+            assert set(pair.stop().values()) == {0}
+
+    async def test_on_a_full_disk(self, start: Callable[[str], Pair], issuer: Issuer) -> None:
+        await self._check(start("/dev/full"), issuer)
+
+    async def test_before_a_reader_that_has_gone(self, start: Callable[[str], Pair], issuer: Issuer) -> None:
+        await self._check(start(">(true)"), issuer)
+
+    async def test_before_a_reader_that_stands_still(
+        self, start: Callable[[str], Pair], issuer: Issuer, tmp_path: Path
+    ) -> None:
+        log = tmp_path / "log"
+        os.mkfifo(log)
+        reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+        pair = start(str(log))
+        writer = os.open(log, os.O_WRONLY | os.O_NONBLOCK)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        await self._check(pair, issuer)
+        os.close(writer)
+        os.close(reader)
+
+    async def _check(self, pair: Pair, issuer: Issuer) -> None:
+        """Calls are answered while idempotency_svc goes and comes back, which is told to the log."""
+        tenant = Tenant(issuer, pair.controller_target)
+        agent = tenant.agent()
+        pair.kill("idempotency")
+        for _ in range(10):
+            name = new_name()
+            assert (await agent.ask(create(name), key=name, timeout=10)).ok
+        await becomes(agent, "HEALTH_DEGRADED")  # the completions have told
+        refused = await agent.ask(sessions_pb.CreateSessionRequest(), timeout=10)
+        assert refused.code.name == "INVALID_ARGUMENT"
+        await asyncio.to_thread(pair.start, "idempotency")
+        await becomes(agent, "HEALTH_HEALTHY")
+        assert pair.metric("controller", "orchestrator_log_lines_lost_total") > 0
+        await tenant.close()
