@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -291,6 +292,10 @@ def run(main: Callable[[], Coroutine[Any, Any, None]], *, processes: int = 1) ->
     if _INDEX in os.environ:
         # Nobody would stop these processes if the one that started them were killed.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    # Each connection takes a file, and the usual limit of 1024 is a soft one.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # where there are fewer than the limit says, as on macOS
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # What was imported lives as long as the process: the garbage collector need not look at it again and again.
     gc.collect()
     gc.freeze()

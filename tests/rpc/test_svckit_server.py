@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -566,6 +567,18 @@ async def test_a_second_sigterm_ends_at_once(keys: Path, program_signer: TokenSi
         code, _ = await asyncio.to_thread(program.end)  # waits for less than it may drain
         assert code == 0
         await call
+
+
+def test_all_files_that_are_allowed(keys: Path) -> None:
+    """Connections are files: not the soft limit bounds them but the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    program = Program(keys, 0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    program.line("serving")
+    assert resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    program.process.kill()
+    program.end()
 
 
 @pytest.mark.parametrize("what", ["port", "metrics"])
