@@ -273,6 +273,11 @@ class Database:
             }
             for setting, value in values.items():
                 await connection.execute("select set_config(%s, %s, false)", (setting, str(value)))
+            # What is answered is on disk. Which standbys have it too is the database's own setting.
+            await connection.execute(
+                "select set_config('synchronous_commit', 'on', false)"
+                " where current_setting('synchronous_commit') = 'off'"
+            )
             connection.timeline = self.timeline = await timeline_of(connection)
 
         return AsyncConnectionPool(

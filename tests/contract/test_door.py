@@ -459,6 +459,22 @@ async def test_a_command_alone_whose_outcome_is_unknown_is_not_told_that_nothing
         assert await client.update(session, "k", seconds=29, a=1) == f"{session} PENDING 2 replayed"
 
 
+async def test_what_is_answered_is_on_disk_whatever_the_database_says_by_default(own_postgres: Postgres) -> None:
+    """With synchronous_commit off, Postgres by itself answers before it has written anything."""
+    async with await psycopg.AsyncConnection.connect(own_postgres.url, autocommit=True) as connection:
+        for setting in ("synchronous_commit = off", "wal_writer_delay = '10s'"):
+            await connection.execute(f"alter system set {setting}")
+        await connection.execute("select pg_reload_conf()")
+    await asyncio.sleep(0.3)
+    async with _client(own_postgres.url) as client:
+        answers = [await client.create(f"k{n}") for n in range(10)]
+        own_postgres.child.kill()
+        await asyncio.to_thread(own_postgres.start)
+        async with await psycopg.AsyncConnection.connect(own_postgres.url) as stranger:
+            rows = await (await stranger.execute("select id from sessions order by id")).fetchall()
+        assert [f"{row[0]} PENDING 1" for row in rows] == answers
+
+
 async def _row_is_waited_for(client: Client) -> None:
     waiting = (
         "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
