@@ -269,6 +269,8 @@ class Database:
                 "timezone": "UTC",
                 # Each text is for one set of filters or tables: planned for its values it is no better, only dearer.
                 "plan_cache_mode": "force_generic_plan",
+                # Plans over large tables look dear enough to be compiled, which takes longer than running them.
+                "jit": "off",
                 **settings,
             }
             for setting, value in values.items():
