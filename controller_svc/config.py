@@ -15,7 +15,10 @@ class ControllerSettings(OidcSettings, ServiceKeySettings):
 
     controller_host: ListenHost = Field(default="127.0.0.1", description="Host to listen on.")
     controller_port: Port = Field(default=8088, description="Port to listen on. 0: any.")
-    database_url: SecretStr = Field(description="Postgres, as a libpq URL or connection string.")
+    database_url: SecretStr = Field(
+        description="Postgres, as a libpq URL or connection string; of several servers, with"
+        " target_session_attrs=read-write. A pooler has to pool sessions, not transactions."
+    )
     write_lanes: int = Field(
         default=1, ge=1, le=16, description="Groups of writes under way at once, a connection each."
     )
