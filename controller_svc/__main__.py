@@ -40,6 +40,9 @@ from svckit.config import load
 from svckit.server import Server, run
 from svckit.telemetry import configure_logging
 
+LOOK_SECONDS = 2.0
+"""For which the start waits for Postgres at most: who calls at once is answered then, not refused."""
+
 
 def main() -> None:
     """Serves until a signal.
@@ -108,8 +111,9 @@ async def serve(settings: ControllerSettings) -> None:
     ):
         server.register(file.DESCRIPTOR.services_by_name[name], servicer, replay)
 
-    await server.start()
     await database.open()
+    await database.looked(LOOK_SECONDS)
+    await server.start()
     claims.start()
     sweepers.start()
     await server.stopping.wait()

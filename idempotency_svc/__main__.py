@@ -22,8 +22,8 @@ async def _serve(settings: IdempotencySettings) -> None:
     )
     cache = RedisCache(settings.redis_url, timeout=settings.redis_timeout_millis / 1000, on_ready=server.set_ready)
     server.register(pb.DESCRIPTOR.services_by_name["IdempotencyService"], IdempotencyServicer(cache))
+    await cache.start()  # first, so that who calls at once is answered
     await server.start()
-    await cache.start()
     await server.wait()
     await cache.stop()
 

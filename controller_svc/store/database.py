@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,7 @@ class Database:
         self._offset: float | None = None
         self._full, self._full_until = "", 0.0
         self._keeper: asyncio.Task[None] | None = None
+        self._looked = asyncio.Event()
         self._reads = self._pool("reads", 4)
         self._asks: Groups[_Ask] = Groups("read", self._read, _Ask.fail, lanes=2)
         self.groups = self._pool("groups", lanes + 1)
@@ -108,6 +109,12 @@ class Database:
         for pool in self._pools():
             await pool.open(wait=False)
         self._keeper = asyncio.create_task(self._keep())
+
+    async def looked(self, seconds: float) -> None:
+        """Returns when it is known whether Postgres is there, at the latest after `seconds`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._looked.wait()
 
     async def close(self) -> None:
         """Closes every connection."""
@@ -246,6 +253,7 @@ class Database:
 
     def _tell(self, up: bool, detail: str) -> None:
         """Keeps the state, and tells its changes: to the log every new detail, to `on_change` only up and away."""
+        self._looked.set()
         was = self._component
         if (up, detail) == (was.up, was.detail):
             return
