@@ -28,10 +28,8 @@ from controller_svc.store.database import (
     FAILURES,
     confirmed,
     is_collision,
-    is_full,
     is_lock_timeout,
     is_unknown,
-    refusal,
     resource_busy,
     unavailable,
 )
@@ -255,11 +253,8 @@ class Claims:
                     # Tasks that are locked are skipped: who waits, waits for its key's own lock.
                     attempt.key_busy = attempt.key_busy or (waits and attempt.key_hash is not None)
                 elif isinstance(error, PoolTimeout):
-                    too_late = refusal(error)
+                    too_late = self._database.refusal(error)
                     continue
-                elif is_full(error):
-                    self._database.note_full(error)
-                    raise refusal(error) from error
                 elif ask.sent and is_unknown(error):
                     guard = await self._settled(attempt)
                     if guard is not None:
@@ -267,7 +262,7 @@ class Claims:
                     await asyncio.sleep(RESEND_PAUSE)
                 elif single or waits or not ask.sent:
                     if isinstance(error, FAILURES):
-                        raise refusal(error) from error
+                        raise self._database.refusal(error) from error
                     raise
                 single = True  # it may have been another's fault
                 continue

@@ -36,7 +36,6 @@ from controller_svc.store.database import (
     is_full,
     is_lock_timeout,
     is_unknown,
-    refusal,
     resource_busy,
     unavailable,
     watched,
@@ -675,9 +674,10 @@ class Door:
                 if decided is not None:
                     await self._mend(decided, error, wait, until=self._loop.time() + RESEND_SECONDS)
                     return
-                if not isinstance(error, psycopg.OperationalError) or (tried and self._loop.time() > until):
+                stale = isinstance(error, psycopg.OperationalError) and not is_full(error)
+                if not stale or (tried and self._loop.time() > until):
                     for attempt in attempts:
-                        self._without_outcome(attempt, refusal(error))
+                        self._without_outcome(attempt, self._database.refusal(error))
                     return
             else:
                 await self._settle_all(decided, outcomes, wait)
@@ -848,17 +848,13 @@ class Door:
                     self._again(attempt, alone=True)
             if unsure:  # what holds the locks may be the first sending itself
                 await self._mend(unsure, OutcomeUnknownError("under way"), wait, until=until)
-        elif is_full(error):  # halves would only be told the same more often
-            self._database.note_full(error)
-            for attempt, _ in decided:
-                self._without_outcome(attempt, refusal(error))
         elif not is_unknown(error):
             if len(decided) == 1:
                 attempt = decided[0][0]
                 if attempt.unsure and not is_bad_data(error):
                     self.leave_open(attempt)
                 else:
-                    self.give_up(attempt, refusal(error))
+                    self.give_up(attempt, self._database.refusal(error))
                 return
             middle = len(decided) // 2
             for half in (decided[:middle], decided[middle:]):

@@ -6,8 +6,11 @@ import logging
 import os
 import re
 import select
+import stat
 import sys
+import threading
 from bisect import bisect_left
+from contextlib import suppress
 from contextvars import ContextVar
 from random import getrandbits
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -145,29 +148,38 @@ LOST_LINES = Counter("orchestrator_log_lines_lost", "Log lines that stderr did n
 
 
 class LogFile:
-    """Where log lines go: a write to it never raises and waits for nobody.
+    """Where log lines go: a write to it never raises, and waits for nobody who reads them.
 
     What cannot be written now is lost and counted, so that a full disk, or a reader that stands still or has gone,
-    costs log lines and no call. The line after one that was cut short begins anew.
+    costs log lines and no call; a disk that hangs is waited for. The line after one that was cut short begins anew.
     """
 
     def __init__(self, descriptor: int) -> None:
+        """`descriptor` stays open, and as it is: others may write to it as well."""
         self._descriptor = descriptor
+        self._at_once = sys.maxsize
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            # What a pipe has room for when it has any. Who shares it may have filled it up since we looked; so we open
+            # it anew, not to wait even then, where that is possible: not a socket, nor a pipe of another user.
+            self._at_once = select.PIPE_BUF
+            with suppress(OSError):
+                flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                self._descriptor = os.open(f"/proc/self/fd/{descriptor}", flags)
         self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
+        self._poll.register(self._descriptor, select.POLLOUT)
+        self._lock = threading.Lock()
         self._torn = False
 
     def write(self, line: str) -> None:
         """Write a line, or as much of it as there is room for."""
-        whole = left = ("\n" * self._torn + line).encode(errors="backslashreplace")
-        try:
-            while left and self._poll.poll(0):
-                left = left[os.write(self._descriptor, left[: select.PIPE_BUF]) :]  # a pipe takes so many at once
-        except OSError:
-            pass
-        if left:
-            LOST_LINES.inc()
-        self._torn = bool(left) and (self._torn or left != whole)
+        with self._lock:
+            whole = left = ("\n" * self._torn + line).encode(errors="backslashreplace")
+            with suppress(OSError):
+                while left and self._poll.poll(0):
+                    left = left[os.write(self._descriptor, left[: self._at_once]) :]
+            if left:
+                LOST_LINES.inc()
+            self._torn = bool(left) and (self._torn or left != whole)
 
     def flush(self) -> None:
         """Nothing is kept back."""
@@ -189,7 +201,7 @@ def configure_logging(level: str, service: str) -> None:
         event["service"] = service
         return event
 
-    file = LogFile(sys.stderr.fileno())
+    file = LogFile(sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY))
     structlog.configure(
         processors=[*shared, add_service, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level.lower()),

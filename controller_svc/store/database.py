@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
 import time
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -38,7 +39,7 @@ WATCHDOG_SECONDS = STATEMENT_SECONDS + 2.0
 STALE_SECONDS = 0.5
 """Within which a connection that was dead before it was used says so, as after a restart of Postgres: try another."""
 FULL_SECONDS = 5.0
-"""For which Postgres counts as full after it refused a statement for that reason."""
+"""For which Postgres counts as full after it last refused a statement for that reason."""
 LOCK_MILLISECONDS = 250
 """How long a statement that may wait (a command alone, a claim) waits for one lock."""
 
@@ -146,10 +147,33 @@ class Database:
             return replace(self._component, detail=self._full)
         return self._component
 
-    def note_full(self, error: Exception) -> None:
-        """Takes note of what `is_full` says of a statement."""
-        self._full, self._full_until = _first_line(error), time.monotonic() + FULL_SECONDS
-        log.error("postgres is full", detail=self._full)
+    def refusal(self, error: BaseException) -> ServiceError:
+        """What a caller is told about a driver's error where nothing was written. Takes note of a full Postgres."""
+        if isinstance(error, ServiceError):
+            return error
+        if isinstance(error, (pg.QueryCanceled, PoolTimeout)):
+            return Unavailable("DATABASE_BUSY", "The database did not answer in time.", retry_after=0.5)
+        if is_lock_timeout(error):
+            return resource_busy()
+        if is_bad_data(error):
+            log.error("value refused by the database", error=str(error))
+            return InvalidArgument("VALUE_REFUSED", "The database cannot store one of the request's values.")
+        if is_full(error):
+            self._note_full(_first_line(error))
+            return ResourceExhausted(
+                "DATABASE_FULL",
+                "The database has no room left. Nothing was written; retry later.",
+                retry_after=random.uniform(1, 3),  # noqa: S311 - lest they come back together
+            )
+        if not is_unknown(error):
+            log.error("refused by the database", sqlstate=getattr(error, "sqlstate", None), error=str(error))
+        return unavailable()
+
+    def _note_full(self, detail: str) -> None:
+        now = time.monotonic()
+        if now >= self._full_until:
+            log.error("postgres is full", detail=detail)
+        self._full, self._full_until = detail, now + FULL_SECONDS
 
     def now(self) -> datetime:
         """Postgres' clock: its last answer's time, carried on by this process's monotonic clock."""
@@ -199,9 +223,7 @@ class Database:
                 with watched(connection):
                     yield connection
         except psycopg.Error as error:
-            if is_full(error):
-                self.note_full(error)
-            raise refusal(error) from error
+            raise self.refusal(error) from error
 
     async def row(self, key: Key) -> Any:
         """The key's row as it is now, None if there is none. Calls at the same time share one statement.
@@ -283,10 +305,11 @@ class Database:
             }
             for setting, value in values.items():
                 await connection.execute("select set_config(%s, %s, false)", (setting, str(value)))
-            # What is answered is on disk. Which standbys have it too is the database's own setting.
+            # What is answered is on disk, also should the setting be changed meanwhile. Any value but "off" is about
+            # standbys, and the database's own.
             await connection.execute(
-                "select set_config('synchronous_commit', 'on', false)"
-                " where current_setting('synchronous_commit') = 'off'"
+                "select set_config('synchronous_commit', case when now = 'off' then 'on' else now end, false)"
+                " from current_setting('synchronous_commit') as now"
             )
             connection.timeline = self.timeline = await timeline_of(connection)
 
@@ -308,7 +331,7 @@ class Database:
         )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
@@ -363,44 +386,27 @@ def is_collision(error: BaseException) -> bool:
 def is_unknown(error: BaseException) -> bool:
     """Whether what was sent may have happened all the same: the connection was lost, or the commit not confirmed.
 
-    Any other error that Postgres reports says that the transaction was rolled back.
+    An error that ended the session or the server leaves that open, whatever its cause: a server that cannot write its
+    log (PANIC) may find the commit in it when it starts again. Any other that Postgres reports says that the
+    transaction was rolled back.
     """
     if isinstance(error, psycopg.Error):
         state = error.sqlstate
         if state is None:
             return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
-        return state[:2] in ("08", "57") or state == "40003"
+        ended = error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+        return ended or state[:2] in ("08", "57") or state == "40003"
     return isinstance(error, OutcomeUnknownError)
 
 
 def is_full(error: BaseException) -> bool:
-    """Postgres had no disk space or memory left for it (SQLSTATE class 53). It was rolled back."""
-    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith("53")
+    """Postgres had no disk space or memory left for it (SQLSTATE class 53), and rolled it back."""
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith("53") and not is_unknown(error)
 
 
 def is_lock_timeout(error: BaseException) -> bool:
     """Somebody held the lock longer than this statement may wait. Nothing was written."""
     return isinstance(error, pg.LockNotAvailable)
-
-
-def refusal(error: BaseException) -> ServiceError:
-    """What a caller is told about a driver's error where nothing was written."""
-    if isinstance(error, ServiceError):
-        return error
-    if isinstance(error, (pg.QueryCanceled, PoolTimeout)):
-        return Unavailable("DATABASE_BUSY", "The database did not answer in time.", retry_after=0.5)
-    if is_lock_timeout(error):
-        return resource_busy()
-    if is_bad_data(error):
-        log.error("value refused by the database", error=str(error))
-        return InvalidArgument("VALUE_REFUSED", "The database cannot store one of the request's values.")
-    if is_full(error):
-        return ResourceExhausted(
-            "DATABASE_FULL", "The database has no room left. Nothing was written; retry later.", retry_after=2.0
-        )
-    if not is_unknown(error):
-        log.error("refused by the database", sqlstate=getattr(error, "sqlstate", None), error=str(error))
-    return unavailable()
 
 
 def resource_busy() -> Aborted:

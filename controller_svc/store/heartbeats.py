@@ -184,8 +184,8 @@ def _unanswered(beats: Sequence[_Beat]) -> list[_Beat]:
 
 
 def _failed(beat: _Beat, error: Exception) -> None:
-    """Tells what is no fault of one heartbeat. A value that Postgres refused may be another's: this one goes alone."""
-    if isinstance(error, (Unavailable, ResourceExhausted)):
+    """Tells that Postgres is away, busy or was lost. A value that it refused may be another's: this one goes alone."""
+    if isinstance(error, Unavailable):
         beat.fail(error)
     else:
         beat.give(None)

@@ -16,6 +16,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from psycopg.pq import DiagnosticField
 
 from controller_svc import mutation
 from controller_svc.core.ids import new_id
@@ -39,6 +40,7 @@ from svckit.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    ResourceExhausted,
     ServiceError,
     StoredAnswer,
     Unavailable,
@@ -459,14 +461,24 @@ async def test_a_command_alone_whose_outcome_is_unknown_is_not_told_that_nothing
         assert await client.update(session, "k", seconds=29, a=1) == f"{session} PENDING 2 replayed"
 
 
-async def test_what_is_answered_is_on_disk_whatever_the_database_says_by_default(own_postgres: Postgres) -> None:
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["from the start", "meanwhile"])
+async def test_what_is_answered_is_on_disk_whatever_the_database_is_set_to(
+    meanwhile: bool, own_postgres: Postgres
+) -> None:
     """With synchronous_commit off, Postgres by itself answers before it has written anything."""
-    async with await psycopg.AsyncConnection.connect(own_postgres.url, autocommit=True) as connection:
-        for setting in ("synchronous_commit = off", "wal_writer_delay = '10s'"):
-            await connection.execute(f"alter system set {setting}")
-        await connection.execute("select pg_reload_conf()")
-    await asyncio.sleep(0.3)
+
+    async def switch_off() -> None:
+        async with await psycopg.AsyncConnection.connect(own_postgres.url, autocommit=True) as connection:
+            for setting in ("synchronous_commit = off", "wal_writer_delay = '10s'"):
+                await connection.execute(f"alter system set {setting}")
+            await connection.execute("select pg_reload_conf()")
+        await asyncio.sleep(0.3)
+
+    if not meanwhile:
+        await switch_off()
     async with _client(own_postgres.url) as client:
+        if meanwhile:
+            await switch_off()
         answers = [await client.create(f"k{n}") for n in range(10)]
         own_postgres.child.kill()
         await asyncio.to_thread(own_postgres.start)
@@ -520,6 +532,63 @@ async def test_a_written_command_whose_guard_cannot_be_read_is_not_told_that_not
     looks = iter([])
     assert await client.rows("select count(*) from sessions") == [(2,)]
     assert (await client.create("k")).endswith("replayed")
+
+
+def full(severity: str) -> psycopg.errors.DiskFull:
+    """ERROR: the statement was rolled back; PANIC: the log could not be written, and the server ends."""
+    return psycopg.errors.DiskFull("no room", info={DiagnosticField.SEVERITY_NONLOCALIZED: severity.encode()})
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+async def test_what_a_full_log_has_already_is_found_there(
+    key: str | None, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that ends for want of room says so as one that refuses does; but it may have written the commit."""
+    errors = iter([full("PANIC")])
+
+    async def ending(connection: Any, writes: Any, *, wait: bool) -> Any:
+        outcome = await write(connection, writes, wait=wait)
+        for error in errors:
+            raise error
+        return outcome
+
+    monkeypatch.setattr(mutation, "write", ending)
+    created = await client.create(key)
+    assert await client.rows("select id from sessions") == [(UUID(created.split(" ")[0]),)]
+
+
+async def test_what_was_sent_before_may_be_written_though_there_is_no_room_now(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([psycopg.OperationalError("the answer is lost"), full("ERROR")])
+
+    async def lossy(connection: Any, writes: Any, *, wait: bool) -> Any:
+        outcome = await write(connection, writes, wait=wait)
+        for error in errors:
+            raise error
+        return outcome
+
+    monkeypatch.setattr(mutation, "write", lossy)
+    with pytest.raises(Unavailable, match="OUTCOME_UNKNOWN"):
+        await client.create("k")
+    assert (await client.create("k")).endswith("replayed")
+
+
+async def test_who_finds_no_room_for_reading_is_refused_at_once(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, reads = await client.session(), 0
+
+    async def refused(connection: Any, keys: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        raise full("ERROR")
+
+    monkeypatch.setattr(mutation, "read_rows", refused)
+    with pytest.raises(ResourceExhausted, match="DATABASE_FULL") as told:
+        await client.update(session, a=1)
+    assert reads == 1 and told.value.retry_after
+    assert client.database.component().detail == "no room"
 
 
 async def test_decided_again_a_write_may_happen_no_longer_than_before(

@@ -18,7 +18,7 @@ from controller_svc.core.sessions import Session, SessionState
 from controller_svc.core.tasks import HeartbeatResult, Task, TaskState
 from controller_svc.store import database as module
 from controller_svc.store import heartbeats as store
-from svckit.errors import Aborted, FailedPrecondition, NotFound, PermissionDenied, Unavailable
+from svckit.errors import Aborted, FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from tests.contract.rows import NOW, TENANT, insert, new_session, new_task
 
 if TYPE_CHECKING:
@@ -420,6 +420,34 @@ async def test_a_heartbeat_that_is_lost_alone_may_have_extended_its_lease(
     monkeypatch.setattr(store, "HEARTBEATS", REFUSED)
     monkeypatch.setattr(store, "HEARTBEAT", CUT)
     with pytest.raises(Unavailable, match="OUTCOME_UNKNOWN"):
+        await heartbeat(heartbeats, task)
+
+
+@pytest.mark.parametrize(("first", "told"), [(CUT + OF_NONE, "OUTCOME_UNKNOWN"), (None, "DATABASE_FULL")])
+async def test_a_full_disk_says_nothing_of_what_was_sent_before(
+    first: str | None,
+    told: str,
+    connection: Connection,
+    heartbeats: Heartbeats,
+    session: Session,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = running(session)
+    await insert(connection, task)
+    await connection.execute(
+        "create function refuse() returns trigger language plpgsql as"
+        " $$ begin raise 'no room' using errcode = 'disk_full'; end $$"
+    )
+    await connection.execute("create trigger refuse before update on tasks for each row execute function refuse()")
+    beating, left = database.beating, [first or store.HEARTBEATS, store.HEARTBEATS]
+
+    def next_statement() -> Any:
+        monkeypatch.setattr(store, "HEARTBEATS", left.pop(0))
+        return beating()
+
+    monkeypatch.setattr(database, "beating", next_statement)
+    with pytest.raises((ResourceExhausted, Unavailable), match=told):
         await heartbeat(heartbeats, task)
 
 

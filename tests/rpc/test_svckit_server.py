@@ -573,8 +573,10 @@ def test_all_files_that_are_allowed(keys: Path) -> None:
     """Connections are files: not the soft limit bounds them but the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
-    program = Program(keys, 0)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        program = Program(keys, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     program.line("serving")
     assert resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
     program.process.kill()

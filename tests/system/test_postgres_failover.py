@@ -27,9 +27,15 @@ class Servers:
         self._folder = folder
         self._ports = [free_port(), free_port()]
         self._made = 0
-        self.primary = self._new()
+        self.primary = self.standby = self._new()
         self.primary.start()
-        self.standby = self._follow()
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.standby.stop()
+        self.primary.stop()
 
     @property
     def url(self) -> str:
@@ -69,13 +75,9 @@ class Servers:
         self.primary = self.standby
 
     def make_standby(self) -> None:
-        """A new one, in place of the primary that was lost."""
-        self.standby = self._follow()
-
-    def stop(self) -> None:
-        """Stop both."""
-        self.standby.stop()
-        self.primary.stop()
+        """A new one, where there is none yet or the primary before was lost."""
+        if self.standby is self.primary:
+            self.standby = self._follow()
 
     def _new(self) -> Postgres:
         self._made += 1
@@ -101,9 +103,8 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    pair = Servers(tmp_path_factory.mktemp("servers"))
-    yield pair
-    pair.stop()
+    with Servers(tmp_path_factory.mktemp("servers")) as pair:
+        yield pair
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,7 @@ async def test_a_standby_that_has_all_loses_nothing(
     history = traffic.history
     failed_over = 0
     for number in range(rounds):
+        await asyncio.to_thread(servers.make_standby)
         await servers.commit_on_both()
         stop = asyncio.Event()
         calls = asyncio.create_task(traffic.until(stop))
@@ -129,7 +131,6 @@ async def test_a_standby_that_has_all_loses_nothing(
         await eventually(lambda told=told: history.verdicts()["ok"] > told + 50)  # type: ignore[misc]
         stop.set()
         await calls
-        await asyncio.to_thread(servers.make_standby)
         show("failovers", number + 1, rounds)
     await history.settle()
     await history.again()
@@ -150,6 +151,7 @@ async def test_what_a_failover_lost_runs_anew(world: World, servers: Servers, te
         return answers[0]
 
     kept = {name: await write_at_both(name) for name in (f"kept-{n}" for n in range(10))}
+    await asyncio.to_thread(servers.make_standby)
     await eventually(lambda: servers.have_the_same(tenant.name))
     await asyncio.to_thread(servers.standby.stop)
     lost = {name: await write_at_both(name) for name in (f"lost-{n}" for n in range(10))}
@@ -160,7 +162,6 @@ async def test_what_a_failover_lost_runs_anew(world: World, servers: Servers, te
         assert (await write_at_both(name)).said == before.said
     for name, before in lost.items():
         assert (await write_at_both(name)).response.session.id != before.response.session.id
-    await asyncio.to_thread(servers.make_standby)
     tables = Tables(servers.url)
     assert tables.sessions(tenant.name) == tables.audits(tenant.name) == len(kept) + len(lost) + 2
     tables.check()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,64 @@ def test_a_reader_that_stands_still_costs_lines(lost: Callable[[], float]) -> No
     assert kept == lines[: 20 - int(missing)] and after == "after\n" and lost() == 0
     os.close(reader)
     os.close(writer)
+
+
+class AlwaysRoom:
+    """What a poll says of a pipe that another writer fills up right after it."""
+
+    def poll(self, timeout: float) -> list[int]:
+        return [1]
+
+
+def test_a_pipe_that_another_fills_up_is_not_waited_for(
+    lost: Callable[[], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    file = LogFile(writer)
+    monkeypatch.setattr(file, "_poll", AlwaysRoom())
+    for _ in range(100):
+        file.write("x" * 4000 + "\n")
+    assert 0 < lost() < 100 and os.get_blocking(writer), "who else writes to it still waits"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_terminal_that_stands_still_costs_lines(lost: Callable[[], float]) -> None:
+    master, terminal = os.openpty()
+    file = LogFile(terminal)
+    for _ in range(1000):
+        file.write("x" * 300 + "\n")
+    assert 0 < lost() < 1000
+    os.close(terminal)
+    os.close(master)
+
+
+def test_a_long_line_of_a_file_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of several processes must not get into one another."""
+    sizes: list[int] = []
+    write = os.write
+
+    def noted(file: int, data: bytes) -> int:
+        sizes.append(len(data))
+        return write(file, data)
+
+    monkeypatch.setattr(os, "write", noted)
+    with (tmp_path / "log").open("ab") as log:
+        LogFile(log.fileno()).write("x" * 20_000 + "\n")
+    assert sizes == [20_001] == [(tmp_path / "log").stat().st_size]
+
+
+def test_threads_may_log_at_the_same_time() -> None:
+    file = LogFile(os.open(os.devnull, os.O_WRONLY))
+    with ThreadPoolExecutor(4) as threads:
+        written = [threads.submit(file.write, "line\n") for _ in range(5000)]
+        assert [future.exception() for future in written if future.exception()] == []
+
+
+def test_without_a_stderr_nothing_is_logged() -> None:
+    program = "from svckit.telemetry import configure_logging; configure_logging('INFO', 'x')"
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=60, check=False).returncode == 0
 
 
 def test_a_reader_that_has_gone_costs_lines(lost: Callable[[], float]) -> None:
