@@ -51,17 +51,24 @@ class SmallDisk:
         (self.folder / "filling").unlink()
 
 
+@contextmanager
+def mounted(folder: Path, mebibytes: int) -> Iterator[SmallDisk]:
+    """So much memory as a file system; where none can be mounted, the test is skipped."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,mode=0755", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield SmallDisk(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """160 MiB of memory as a file system; where none can be mounted, the test is skipped."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=160m,mode=0755", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield SmallDisk(folder)
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "small", 160) as disk:
+        yield disk
 
 
 def create(name: str) -> sessions_pb.CreateSessionRequest:
@@ -148,6 +155,11 @@ class TestLog:
     """With Postgres' write-ahead log on the small disk, and the tables elsewhere."""
 
     @pytest.fixture
+    def small_disk(self, rounds: int, tmp_path: Path) -> Iterator[SmallDisk]:
+        with mounted(tmp_path / "small", 100 + 32 * rounds) as disk:  # each leaves a file or two
+            yield disk
+
+    @pytest.fixture
     def postgres(self, small_disk: SmallDisk, own_postgres: Postgres, tmp_path: Path) -> Postgres:
         own_postgres.stop()
         log = tmp_path / "own-postgres" / "data" / "pg_wal"
@@ -160,7 +172,7 @@ class TestLog:
     def world(self, postgres: Postgres, start_world: Callable[..., World]) -> World:
         return start_world(database_url=postgres.url, controllers=2)
 
-    @repeated(short=2, soak=30)
+    @repeated(short=2, soak=15)
     async def test_what_is_in_it_counts(
         self, rounds: int, world: World, traffic: Traffic, postgres: Postgres, small_disk: SmallDisk
     ) -> None:
