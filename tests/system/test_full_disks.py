@@ -172,7 +172,7 @@ class TestLog:
     def world(self, postgres: Postgres, start_world: Callable[..., World]) -> World:
         return start_world(database_url=postgres.url, controllers=2)
 
-    @repeated(short=2, soak=15)
+    @repeated(short=1, soak=15)
     async def test_what_is_in_it_counts(
         self, rounds: int, world: World, traffic: Traffic, postgres: Postgres, small_disk: SmallDisk
     ) -> None:

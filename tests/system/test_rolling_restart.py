@@ -65,10 +65,10 @@ async def test_restarts_under_calls(by_health: bool, world: World, tenant: Tenan
     async def caller() -> None:
         while not stop.is_set():
             await create(secrets.token_hex(8))
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
 
-    callers = [asyncio.create_task(caller()) for _ in range(8)]
-    for name in ("controller", "idempotency", "controller-2"):
+    callers = [asyncio.create_task(caller()) for _ in range(6)]
+    for name in ("controller", "idempotency", "controller-2") if by_health else ("controller",):
         before = told["OK"]
         await asyncio.to_thread(world.pair.restart, name)
         assert told["OK"] > before
