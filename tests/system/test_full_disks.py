@@ -260,7 +260,6 @@ async def test_every_write_is_told_that_nothing_was_written(world: World, tenant
     for request in requests:
         answer = await agent.insist(request, key=request.DESCRIPTOR.name)
         assert answer.ok and not answer.replayed, f"{request}: {answer}"
-    await becomes(agent, "HEALTH_HEALTHY")
 
 
 class TestRedis:
@@ -300,72 +299,47 @@ class TestRedis:
         assert world.tables.sessions(tenant.name) == world.tables.audits(tenant.name) == len(answers)
 
 
-class TestLogs:
-    """With a pair whose log lines nobody takes."""
+async def test_logs_that_nobody_takes_cost_no_call(
+    new_database: Callable[..., str], redis_url: str, issuer: Issuer, service_keys: ServiceKeys, tmp_path: Path
+) -> None:
+    """One process logs to a full disk, one to a pipe whose reader stands still, and one to a pipe whose reader left."""
+    stopped = tmp_path / "stopped"
+    os.mkfifo(stopped)
+    logs = {"controller": "/dev/full", "controller-2": str(stopped), "idempotency": ">(true)"}
+    pair = Pair(
+        database_url=new_database(),
+        redis_url=redis_url,
+        issuer=issuer,
+        service_key=service_keys.private,
+        directory=tmp_path,
+        controllers=2,
+    )
+    for name, service in pair.services.items():
+        service.command = ("bash", "-c", f'exec "$@" 2> {logs[name]}', name, *service.command)
+    tenant = Tenant(issuer, pair.controller_target)
+    with ExitStack() as cleanup:
+        cleanup.callback(os.close, os.open(stopped, os.O_RDONLY | os.O_NONBLOCK))
+        cleanup.callback(pair.stop)
+        pair.start()
+        writer = os.open(stopped, os.O_WRONLY | os.O_NONBLOCK)
+        cleanup.callback(os.close, writer)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
 
-    @pytest.fixture
-    def start(
-        self,
-        new_database: Callable[..., str],
-        redis_url: str,
-        issuer: Issuer,
-        service_keys: ServiceKeys,
-        tmp_path: Path,
-    ) -> Iterator[Callable[[str], Pair]]:
-        """A function that starts a pair with its logs going where the shell is told."""
-        started: list[Pair] = []
-
-        def start(log: str) -> Pair:
-            pair = Pair(
-                database_url=new_database(),
-                redis_url=redis_url,
-                issuer=issuer,
-                service_key=service_keys.private,
-                directory=tmp_path,
-            )
-            for service in pair.services.values():
-                service.command = ("bash", "-c", f'exec "$@" 2> {log}', service.name, *service.command)
-            started.append(pair)
-            pair.start()
-            return pair
-
-        yield start
-        for pair in started:
-            assert set(pair.stop().values()) == {0}
-
-    async def test_on_a_full_disk(self, start: Callable[[str], Pair], issuer: Issuer) -> None:
-        await self._check(start("/dev/full"), issuer)
-
-    async def test_before_a_reader_that_has_gone(self, start: Callable[[str], Pair], issuer: Issuer) -> None:
-        await self._check(start(">(true)"), issuer)
-
-    async def test_before_a_reader_that_stands_still(
-        self, start: Callable[[str], Pair], issuer: Issuer, tmp_path: Path
-    ) -> None:
-        log = tmp_path / "log"
-        os.mkfifo(log)
-        with ExitStack() as cleanup:
-            cleanup.callback(os.close, os.open(log, os.O_RDONLY | os.O_NONBLOCK))
-            pair = start(str(log))
-            writer = os.open(log, os.O_WRONLY | os.O_NONBLOCK)
-            cleanup.callback(os.close, writer)
-            with pytest.raises(BlockingIOError):
-                while True:
-                    os.write(writer, b"x" * 4096)
-            await self._check(pair, issuer)
-
-    async def _check(self, pair: Pair, issuer: Issuer) -> None:
-        """Calls are answered while idempotency_svc goes and comes back, which is told to the log."""
-        tenant = Tenant(issuer, pair.controller_target)
-        agent = tenant.agent()
+        agents = [tenant.agent(target=target) for target in pair.controller_targets]
         pair.kill("idempotency")
-        for _ in range(10):
-            name = new_name()
-            assert (await agent.ask(create(name), key=name, timeout=10)).ok
-        await becomes(agent, "HEALTH_DEGRADED")  # the completions have told
-        refused = await agent.ask(sessions_pb.CreateSessionRequest(), timeout=10)
-        assert refused.code.name == "INVALID_ARGUMENT"
+        for agent in agents:
+            for _ in range(10):
+                name = new_name()
+                assert (await agent.ask(create(name), key=name, timeout=10)).ok
+            refused = await agent.ask(sessions_pb.CreateSessionRequest(), timeout=10)
+            assert refused.code.name == "INVALID_ARGUMENT"
+            await becomes(agent, "HEALTH_DEGRADED")  # the completions have told
         await asyncio.to_thread(pair.start, "idempotency")
-        await becomes(agent, "HEALTH_HEALTHY")
-        assert pair.metric("controller", "orchestrator_log_lines_lost_total") > 0
-        await tenant.close()
+        for agent in agents:
+            await becomes(agent, "HEALTH_HEALTHY")
+        for name in logs:
+            assert pair.metric(name, "orchestrator_log_lines_lost_total") > 0, name
+        assert set(pair.stop().values()) == {0}
+    await tenant.close()
