@@ -313,6 +313,10 @@ class Agent:
         response: status_pb.GetStatusResponse = answer.response
         return response
 
+    async def health(self) -> str:
+        """The name of the health that its status says."""
+        return status_pb.Health.Name((await self.status()).health)
+
     async def close(self) -> None:
         """Closes its connections."""
         for channel in self.channels:

@@ -539,20 +539,25 @@ def full(severity: str) -> psycopg.errors.DiskFull:
     return psycopg.errors.DiskFull("no room", info={DiagnosticField.SEVERITY_NONLOCALIZED: severity.encode()})
 
 
+def end_writes_with(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
+    """The next statements are written, and then answered with these errors, one each."""
+    left = iter(errors)
+
+    async def written_and_lost(connection: Any, writes: Any, *, wait: bool) -> Any:
+        outcome = await write(connection, writes, wait=wait)
+        for error in left:
+            raise error
+        return outcome
+
+    monkeypatch.setattr(mutation, "write", written_and_lost)
+
+
 @pytest.mark.parametrize("key", [None, "k"])
 async def test_what_a_full_log_has_already_is_found_there(
     key: str | None, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that ends for want of room says so as one that refuses does; but it may have written the commit."""
-    errors = iter([full("PANIC")])
-
-    async def ending(connection: Any, writes: Any, *, wait: bool) -> Any:
-        outcome = await write(connection, writes, wait=wait)
-        for error in errors:
-            raise error
-        return outcome
-
-    monkeypatch.setattr(mutation, "write", ending)
+    end_writes_with(monkeypatch, full("PANIC"))
     created = await client.create(key)
     assert await client.rows("select id from sessions") == [(UUID(created.split(" ")[0]),)]
 
@@ -560,15 +565,7 @@ async def test_what_a_full_log_has_already_is_found_there(
 async def test_what_was_sent_before_may_be_written_though_there_is_no_room_now(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    errors = iter([psycopg.OperationalError("the answer is lost"), full("ERROR")])
-
-    async def lossy(connection: Any, writes: Any, *, wait: bool) -> Any:
-        outcome = await write(connection, writes, wait=wait)
-        for error in errors:
-            raise error
-        return outcome
-
-    monkeypatch.setattr(mutation, "write", lossy)
+    end_writes_with(monkeypatch, psycopg.OperationalError("the answer is lost"), full("ERROR"))
     with pytest.raises(Unavailable, match="OUTCOME_UNKNOWN"):
         await client.create("k")
     assert (await client.create("k")).endswith("replayed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -372,6 +372,18 @@ CANCELLED = "select pg_cancel_backend(pg_backend_pid()), pg_sleep(9)"
 OF_NONE = " from unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::jsonb[])"
 
 
+def one_after_another(statements: Sequence[str], database: Database, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Has each attempt at heartbeats together send another of these; answers those that are left."""
+    beating, left = database.beating, list(statements)
+
+    def next_statement() -> Any:
+        monkeypatch.setattr(store, "HEARTBEATS", left.pop(0))
+        return beating()
+
+    monkeypatch.setattr(database, "beating", next_statement)
+    return left
+
+
 @pytest.mark.parametrize(
     ("statements", "told"),
     [
@@ -395,13 +407,7 @@ async def test_nobody_is_told_that_nothing_was_written_who_may_have_extended_the
     """Whichever of the attempts it was; the last one goes alone, and somebody else has locked the row."""
     task = running(session)
     await insert(connection, task)
-    beating, left = database.beating, list(statements)
-
-    def next_statement() -> Any:
-        monkeypatch.setattr(store, "HEARTBEATS", left.pop(0))
-        return beating()
-
-    monkeypatch.setattr(database, "beating", next_statement)
+    left = one_after_another(statements, database, monkeypatch)
     async with connection.transaction():
         await connection.execute("select from tasks where id = %s for no key update", (task.id,))
         with pytest.raises((Aborted, Unavailable), match=told):
@@ -440,13 +446,7 @@ async def test_a_full_disk_says_nothing_of_what_was_sent_before(
         " $$ begin raise 'no room' using errcode = 'disk_full'; end $$"
     )
     await connection.execute("create trigger refuse before update on tasks for each row execute function refuse()")
-    beating, left = database.beating, [first or store.HEARTBEATS, store.HEARTBEATS]
-
-    def next_statement() -> Any:
-        monkeypatch.setattr(store, "HEARTBEATS", left.pop(0))
-        return beating()
-
-    monkeypatch.setattr(database, "beating", next_statement)
+    one_after_another([first or store.HEARTBEATS, store.HEARTBEATS], database, monkeypatch)
     with pytest.raises((ResourceExhausted, Unavailable), match=told):
         await heartbeat(heartbeats, task)
 

@@ -51,10 +51,6 @@ async def is_serving(agent: Agent, name: str = "") -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def health(agent: Agent) -> str:
-    return status_pb.Health.Name((await agent.status()).health)
-
-
 def told(log: str, level: str, about: str) -> int:
     """How many lines of this level with this in their text a log has."""
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
@@ -92,7 +88,7 @@ class TestPostgres:
         await asyncio.to_thread(own_postgres.start)
         kept = await agent.insist(create(), key="first")
         await eventually(lambda: is_serving(agent))
-        assert await health(agent) == "HEALTH_HEALTHY"
+        assert await agent.health() == "HEALTH_HEALTHY"
         tables = Tables(own_postgres.url)
 
         # Killed under load, with every call asked again by its caller until it lasts.
@@ -122,7 +118,7 @@ class TestPostgres:
         return [answer.response.session.id]
 
     async def _is_away(self, agent: Agent) -> bool:
-        return await health(agent) == "HEALTH_UNAVAILABLE"
+        return await agent.health() == "HEALTH_UNAVAILABLE"
 
     async def _check_unavailable(self, agent: Agent) -> None:
         requests: list[Message] = [
@@ -198,7 +194,7 @@ async def test_without_the_fast_path_calls_succeed_once(fault: str, world: World
     agent = tenant.agent()
 
     async def is_(wanted: str) -> bool:
-        return await health(agent) == wanted
+        return await agent.health() == wanted
 
     await eventually(lambda: is_("HEALTH_HEALTHY"))
     controller_log, idempotency_log = (len(world.pair.log(name)) for name in ("controller", "idempotency"))

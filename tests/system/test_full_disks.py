@@ -80,13 +80,9 @@ def new_name() -> str:
     return secrets.token_hex(16)
 
 
-async def health(agent: Agent) -> str:
-    return status_pb.Health.Name((await agent.status()).health)
-
-
 async def becomes(agent: Agent, wanted: str) -> None:
     async def is_wanted() -> bool:
-        return await health(agent) == wanted
+        return await agent.health() == wanted
 
     await eventually(is_wanted)
 
@@ -121,7 +117,7 @@ class TestPostgres:
         try:
             while all(answer.ok for answer in answers.values()):
                 names = [new_name() for _ in range(16)]
-                told = await asyncio.gather(*(agent.ask(create(name), key=name, timeout=4) for name in names))
+                told = await asyncio.gather(*(agent.ask(create(name), key=name) for name in names))
                 answers.update(zip(names, told, strict=True))
             refused = [answer for answer in answers.values() if not answer.ok]
             assert {answer.refusal for answer in refused} == {FULL}
@@ -139,7 +135,7 @@ class TestPostgres:
                 (tasks_pb.HeartbeatTaskRequest(task_id=claimed.task.id, lease_id=claimed.lease_id), ""),
                 (tasks_pb.ClaimTasksRequest(role=WORKER), "claim"),
             ):
-                answer = await agent.ask(request, key=key, timeout=4)
+                answer = await agent.ask(request, key=key)
                 assert answer.ok or answer.refusal == FULL
         finally:
             small_disk.empty()
@@ -279,7 +275,7 @@ class TestRedis:
 
         async def is_degraded() -> bool:
             await asyncio.gather(*(write() for _ in range(16)))
-            return await health(agent) == "HEALTH_DEGRADED"
+            return await agent.health() == "HEALTH_DEGRADED"
 
         await becomes(agent, "HEALTH_HEALTHY")
         small_disk.fill()
@@ -332,8 +328,8 @@ async def test_logs_that_nobody_takes_cost_no_call(
         for agent in agents:
             for _ in range(10):
                 name = new_name()
-                assert (await agent.ask(create(name), key=name, timeout=10)).ok
-            refused = await agent.ask(sessions_pb.CreateSessionRequest(), timeout=10)
+                assert (await agent.ask(create(name), key=name)).ok
+            refused = await agent.ask(sessions_pb.CreateSessionRequest())
             assert refused.code.name == "INVALID_ARGUMENT"
             await becomes(agent, "HEALTH_DEGRADED")  # the completions have told
         await asyncio.to_thread(pair.start, "idempotency")
